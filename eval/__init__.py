@@ -1,0 +1,1 @@
+"""Evaluation: generation, graders, and results."""

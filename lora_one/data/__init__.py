@@ -1,0 +1,1 @@
+"""Examples: where they come from, how they become tokens, and how tokens become batches."""

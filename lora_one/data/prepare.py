@@ -1,0 +1,75 @@
+"""Everything about data that one experiment needs, in one object."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_one.config import ExperimentConfig
+from lora_one.data.encoding import EncodedSplit, encode_split
+from lora_one.data.loading import Splits, dataset_spec, load_splits
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits as text and as tokens.
+
+    Attributes:
+        texts: The examples.
+        train: Encoded training split.
+        validation: Encoded validation split.
+        gradient: The training split cut at ``init.max_length``, for the gradient estimate.
+        pad_id: Padding token.
+    """
+
+    texts: Splits
+    train: EncodedSplit
+    validation: EncodedSplit
+    gradient: EncodedSplit
+    pad_id: int
+
+    def summary(self) -> dict[str, Any]:
+        """What the record keeps."""
+        return {
+            "fingerprint": self.texts.fingerprint,
+            "rows": {
+                "train": len(self.train.examples),
+                "validation": len(self.validation.examples),
+                "test": len(self.texts.test),
+            },
+            "train_tokens": self.train.n_tokens,
+            "left_out": {
+                "prompt_in_another_split": self.texts.n_overlapping,
+                "over_the_token_limit": self.texts.n_too_long,
+                "no_target_token_left": self.train.n_without_target + self.validation.n_without_target,
+            },
+            "truncated": {"train": self.train.n_truncated, "validation": self.validation.n_truncated},
+        }
+
+
+def prepare_data(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Loads the splits of ``config.dataset`` and encodes them for ``config.model``.
+
+    Raises:
+        UserError: For data that cannot be read, or nothing of which can be learned.
+    """
+    texts = load_splits(config.dataset, _token_counter(tokenizer))
+    joiner = dataset_spec(config.dataset.name).joiner
+
+    def encode(name: str, max_length: int) -> EncodedSplit:
+        return encode_split(getattr(texts, name), tokenizer, joiner=joiner, max_length=max_length, name=name)
+
+    train = encode("train", config.model.max_length)
+    same = config.gradient_max_length == config.model.max_length
+    return Data(
+        texts=texts,
+        train=train,
+        validation=encode("validation", config.model.max_length),
+        gradient=train if same else encode("train", config.gradient_max_length),
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def _token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[int]]:
+    return lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]]

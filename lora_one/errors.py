@@ -1,0 +1,13 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names what, where and the remedy."""
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the choice closest to ``word``, or an empty string."""
+    close = get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

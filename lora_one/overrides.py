@@ -1,0 +1,80 @@
+"""Command-line overrides: from every published spelling to one, checked before Hydra sees them.
+
+The published commands write ``+init=gradient``, ``++dataset_name=meta_math`` and
+``++init.weight=stable``. Here ``init`` and ``dataset`` are groups of the defaults list, so that a
+choice replaces the whole node. A plain ``key=value`` becomes ``++key=value``: then a mistyped key
+reaches the typed config, which answers in one line and names the nearest valid key.
+"""
+
+import re
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from lora_one.errors import UserError, nearest
+
+_ALIASES = {"dataset_name": "dataset"}
+_CHOICE_ALIASES = {("dataset", "commonsense"): "commonsense_reasoning"}
+_KEY_ALIASES = {"init.weight": "init.scale"}
+_OVERRIDE = re.compile(r"^(?P<plus>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)$", re.DOTALL)
+
+
+def normalise_overrides(arguments: list[str], conf_dir: Path) -> tuple[list[str], list[str]]:
+    """Rewrites command-line arguments to the spelling that Hydra expects here.
+
+    Args:
+        arguments: The arguments after the program's name; flags pass through unchanged.
+        conf_dir: The configuration folder; its folders are the groups.
+
+    Returns:
+        The rewritten arguments, and one note for each spelling whose meaning was mapped.
+
+    Raises:
+        UserError: If an override cannot be read, or a group has no such choice.
+    """
+    rewritten: list[str] = []
+    notes: list[str] = []
+    for argument in arguments:
+        match = _OVERRIDE.match(argument)
+        if match is None or match["key"].startswith("hydra"):
+            rewritten.append(argument)
+            continue
+        key, value = _ALIASES.get(match["key"], match["key"]), match["value"]
+        if key in _KEY_ALIASES:
+            notes.append(f"{key} was never read by the published programs; taken as {_KEY_ALIASES[key]}")
+            key = _KEY_ALIASES[key]
+        if key in _groups(conf_dir):
+            rewritten.append(f"{key}={_choices(key, value, conf_dir)}")
+        else:
+            rewritten.append(f"++{key}={value}")
+        _check_grammar(argument, rewritten[-1])
+    return rewritten, notes
+
+
+def named_keys(overrides: list[str]) -> set[str]:
+    """The keys that a person named on the command line, groups and values alike."""
+    return {override.lstrip("+").split("=", 1)[0] for override in overrides}
+
+
+def _groups(conf_dir: Path) -> set[str]:
+    return {path.name for path in conf_dir.iterdir() if path.is_dir()} - {"hydra"}
+
+
+def _choices(group: str, value: str, conf_dir: Path) -> str:
+    if "(" in value:  # a sweep function such as glob(tiny_*); Hydra knows the choices
+        return value
+    valid = sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
+    names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
+    for name in names:
+        if name not in valid and name != "null":
+            raise UserError(f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}")
+    return ",".join(names)
+
+
+def _check_grammar(argument: str, override: str) -> None:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        reason = " ".join(str(error).splitlines()[0].split())
+        raise UserError(f"cannot read the override {argument!r}: {reason}; quote the value") from None

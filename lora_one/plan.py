@@ -1,0 +1,128 @@
+"""The dry run: what an experiment would do, without weights and without a network."""
+
+from typing import Any
+
+from lora_one.config import ExperimentConfig
+from lora_one.data.loading import dataset_spec
+from lora_one.errors import UserError
+from lora_one.inits import ALIASES
+from lora_one.models import adapter_rank, check_rank, empty_model, model_source, target_names
+from lora_one.records import run_id
+from lora_one.training import plan_training
+
+_UNKNOWN = "unknown offline"
+
+
+def describe_plan(config: ExperimentConfig, world_size: int) -> str:
+    """The resolved plan as an aligned table of name and value.
+
+    Raises:
+        UserError: For whatever can be found wrong before loading.
+    """
+    rows = [
+        ("run folder", f"{config.results_dir}/{run_id(config)}"),
+        ("method", _method(config)),
+        ("model", f"{config.model.name} ({model_source(config.model.name)})"),
+        *_parameters(config),
+        *_data(config, world_size),
+        ("written", _outputs(config)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _method(config: ExperimentConfig) -> str:
+    if not config.peft.use_peft:
+        return "full fine-tuning; init is ignored"
+    if config.init.mode == "simple":
+        return "LoRA, lora_B = 0"
+    init = config.init
+    direction = ALIASES.get(init.direction, init.direction)
+    normalize = f", normalize {init.normalize}" if direction == "LoRA-One" else ""
+    return f"{init.direction}: scale {init.scale}, gamma {init.stable_gamma:g}{normalize}"
+
+
+def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
+    model = empty_model(config.model)
+    if model is None:
+        return [("targets", _UNKNOWN), ("trainable parameters", _UNKNOWN)]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if not config.peft.use_peft:
+        return [("targets", "all weights"), ("trainable parameters", f"{total:,} of {total:,}")]
+    targets = target_names(model, config.peft)
+    check_rank(model, targets, config)
+    rank = adapter_rank(model, config.peft)
+    trainable = sum(rank * sum(model.get_submodule(name).weight.shape) for name in targets)
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    return [
+        ("targets", f"{len(targets)} layers: {', '.join(kinds)}; rank {rank}"),
+        ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
+    ]
+
+
+def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
+    counts = _row_counts(config)
+    rows = [("examples", ", ".join(f"{name} {_number(counts[name])}" for name in counts))]
+    n_train = counts["train"]
+    if n_train is None:
+        if config.model.max_steps is not None:
+            rows.append(("steps", f"at most {config.model.max_steps:,} of {config.model.real_batch_size} examples"))
+        else:
+            rows.append(("steps", _UNKNOWN))
+        return [*rows, ("tokens", _UNKNOWN), ("gradient sample", _gradient_sample(config, None))]
+    plan = plan_training(n_train, config.model, world_size)
+    batching = f"{world_size} x {plan.per_device_batch_size} x {plan.accumulation_steps}"
+    tokens = plan.n_steps * config.model.real_batch_size * config.model.max_length
+    return [
+        *rows,
+        (
+            "steps",
+            f"{plan.n_steps:,} of {config.model.real_batch_size} examples (processes x device batch x accumulation: "
+            f"{batching})",
+        ),
+        ("tokens", f"at most {tokens:,} (model.max_length={config.model.max_length})"),
+        ("gradient sample", _gradient_sample(config, n_train)),
+    ]
+
+
+def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
+    spec = dataset_spec(config.dataset.name)
+    known: dict[str, int] = dict(spec.generated_rows or {}) | (config.dataset.rows or {})
+    dataset = config.dataset
+    files = {"train": dataset.train_file, "validation": dataset.validation_file, "test": dataset.test_file}
+    sizes = {"train": dataset.train_size, "validation": dataset.validation_size, "test": dataset.test_size}
+    counts: dict[str, int | None] = {}
+    for split, file in files.items():
+        stands_in = file is not None or (dataset.train_file is not None and split != "validation")
+        rows = None if stands_in else known.get(split)
+        if spec.generate is not None and not stands_in and split != "train":
+            rows = sizes[split] or rows
+        elif sizes[split] is not None and (rows is None or sizes[split] < rows) and not stands_in:
+            rows = sizes[split]
+        counts[split] = rows
+    return counts
+
+
+def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
+    init = config.init
+    if not config.peft.use_peft or init.mode == "simple":
+        return "none"
+    if init.do_subsampling is False:
+        return f"the whole training split, {_number(n_train)} examples"
+    wanted = init.sub_size if init.do_subsampling else init.bsz * init.iters
+    if n_train is not None and wanted > n_train:
+        raise UserError(f"the gradient sample of {wanted} examples is larger than the training split ({n_train})")
+    return f"{wanted} examples"
+
+
+def _outputs(config: ExperimentConfig) -> str:
+    outputs = ["config.yaml", "record.json", "metrics.jsonl", "plot.png"]
+    if config.peft.use_peft:
+        outputs.append("adapter/")
+    if config.model.saving or not config.peft.use_peft:
+        outputs.append("merged/")
+    return ", ".join(outputs)
+
+
+def _number(value: Any) -> str:
+    return _UNKNOWN if value is None else f"{value:,}"

@@ -1,0 +1,209 @@
+"""The run's folder and its record.
+
+``results/<run_id>/`` is a function of the config: the same on every rank, on every start. Its
+``record.json`` is written when the run starts, when it fails and when it ends.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lora_one.config import ExperimentConfig, result_identity
+from lora_one.errors import UserError
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "lora-one")
+
+
+@dataclass
+class RunRecord:
+    """Everything needed to read a result without its log.
+
+    Attributes:
+        run_id: Name of the run's folder.
+        method: What is compared in tables.
+        status: ``running``, ``finished`` or ``failed``.
+        stages: Seconds and peak resident bytes of each stage.
+        metrics: Figures by name; those of an evaluation hold value, standard error and n.
+    """
+
+    run_id: str
+    method: str
+    config: dict[str, Any]
+    seed: int
+    status: str = "running"
+    error: str | None = None
+    started: str = ""
+    ended: str | None = None
+    code: dict[str, Any] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    gradient: dict[str, Any] | None = None
+    init: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes ``record.json`` in one piece."""
+        write_text(folder / "record.json", json.dumps(asdict(self), indent=2) + "\n")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage and notes the process's peak memory after it."""
+        start = time.perf_counter()
+        yield
+        entry = self.stages[name] = {"seconds": round(time.perf_counter() - start, 3)}
+        entry["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            entry["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def run_id(config: ExperimentConfig) -> str:
+    """Readable stem and identity of the result, for example ``tiny-LoRA-One-s0-1a2b3c4d``."""
+    model = Path(config.model.name).name.lower()
+    return f"{config.dataset.name}-{model}-{config.method}-s{config.seed}-{result_identity(config)[:8]}"
+
+
+def new_record(config: ExperimentConfig) -> RunRecord:
+    """A record with what is known before anything is loaded."""
+    return RunRecord(
+        run_id=run_id(config),
+        method=config.method,
+        config=config.model_dump(),
+        seed=config.seed,
+        started=_now(),
+        code=_code_version(),
+        packages=_package_versions(),
+        hardware={
+            "host": socket.gethostname(),
+            "cpu_cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The stored record of a run folder, or None.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: damaged; remove the run folder, or restore the file") from None
+    if not isinstance(record, dict) or "status" not in record:
+        raise UserError(f"{path}: not a run record; remove the run folder, or restore the file")
+    return record
+
+
+def make_run_folder(config: ExperimentConfig) -> Path:
+    """Creates the run's folder with ``config.yaml``.
+
+    Raises:
+        UserError: If the place cannot be written.
+    """
+    folder = Path(config.results_dir) / run_id(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+    except OSError as error:
+        raise UserError(f"results_dir={config.results_dir}: cannot write there ({error.strerror})") from None
+    return folder
+
+
+class RunLock:
+    """Keeps two programs out of one run folder; the system frees it when its holder dies."""
+
+    def __init__(self, folder: Path) -> None:
+        """Takes the lock.
+
+        Raises:
+            UserError: If another live program holds it.
+        """
+        self._file: IO[str] = (folder / "run.lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another program"
+            self._file.close()
+            raise UserError(f"{folder}: this run is being made by {holder}; wait for it, or stop it") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Frees the lock."""
+        self._file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: after a crash it is the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def finish(record: RunRecord, folder: Path, error: str | None = None) -> None:
+    """Closes the record as finished, or as failed with its error."""
+    record.status = "finished" if error is None else "failed"
+    record.error = error
+    record.ended = _now()
+    record.write(folder)
+
+
+def _code_version() -> dict[str, Any]:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,110 @@
+"""One run: its folder, lock, record and processes, from start to finish or failure."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_one.config import ExperimentConfig
+from lora_one.errors import UserError
+from lora_one.processes import Processes
+from lora_one.records import RunLock, RunRecord, finish, make_run_folder, new_record, read_record, run_id
+
+
+class Run:
+    """A run that this program is making.
+
+    Attributes:
+        folder: ``results/<run_id>``.
+        record: What will be ``record.json``; written by the main process only.
+        previous: The stored record of an earlier start, or None.
+        has_init: Whether an earlier start has already initialised the adapters.
+        processes: Who makes it together.
+    """
+
+    def __init__(self, config: ExperimentConfig, processes: Processes) -> None:
+        """Takes the run's folder.
+
+        Raises:
+            UserError: If it cannot be written, or another program is at work in it.
+        """
+        self.processes = processes
+        self.folder = Path(config.results_dir) / run_id(config)
+        self.init_file = self.folder / "init.safetensors"
+        self._created = False
+        self._lock: RunLock | None = None
+        found: tuple[dict[str, Any] | None, bool] = (None, False)
+        if processes.is_main:
+            self._created = not self.folder.exists()
+            make_run_folder(config)
+            self._lock = RunLock(self.folder)
+            found = (read_record(self.folder), self.init_file.exists())
+        self.previous, self.has_init = processes.from_main(found)
+        self.record = self._first_record(config)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier start has finished this run."""
+        return self.previous is not None and self.previous["status"] == "finished"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage, prints its time once, and stores the record after it."""
+        with self.record.stage(name):
+            yield
+        self.processes.say(f"[{name}] {self.record.stages[name]['seconds']:.1f} s")
+        self.save()
+
+    def save(self) -> None:
+        """Stores the record as it stands."""
+        if self.processes.is_main:
+            self.record.write(self.folder)
+
+    def check_same_data(self) -> None:
+        """Raises UserError if an earlier start of this run read other data."""
+        stored = (self.previous or {}).get("data", {}).get("fingerprint")
+        if stored not in (None, self.record.data["fingerprint"]):
+            raise UserError(
+                f"{self.folder}: the data has changed since this run began; restore it, or remove the run folder"
+            )
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the run. Bad input found before anything was made leaves nothing behind."""
+        if self.processes.is_main:
+            if error is None:
+                finish(self.record, self.folder)
+            elif self._created and isinstance(error, UserError) and not self.has_progress():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            elif not self.is_finished:
+                self._fail(str(error) or type(error).__name__)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def has_progress(self) -> bool:
+        """Whether the folder holds anything that took work."""
+        return self.init_file.exists() or (self.folder / "metrics.jsonl").exists()
+
+    def _first_record(self, config: ExperimentConfig) -> RunRecord:
+        """A new record, or the finished one; keeps what an interrupted start measured for good."""
+        record = new_record(config)
+        if self.previous is None:
+            return record
+        if self.is_finished:
+            kept = {name: value for name, value in self.previous.items() if name in vars(record)}
+            return RunRecord(**{**kept, "config": record.config})
+        stored = self.previous
+        record.stages = {name: stored["stages"][name] for name in ("test_before",) if name in stored["stages"]}
+        record.metrics = {name: stored["metrics"][name] for name in ("test_before",) if name in stored["metrics"]}
+        if self.has_init:
+            record.gradient, record.init = stored["gradient"], stored["init"]
+            record.stages |= {name: stored["stages"][name] for name in ("gradient",) if name in stored["stages"]}
+        return record
+
+    def _fail(self, text: str) -> None:
+        try:
+            finish(self.record, self.folder, text)
+        except OSError as trouble:
+            print(f"the failed run's record could not be written ({trouble.strerror})", file=sys.stderr)

@@ -1,0 +1,321 @@
+"""Training by Hugging Face's Trainer, on batches and a loss of ours."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lora_one.config import ExperimentConfig, ModelConfig
+from lora_one.data.batches import WindowLoader, WindowSampler, collate, whole_window
+from lora_one.data.encoding import Encoded
+from lora_one.errors import UserError
+from lora_one.losses import to_device, weighted_loss
+from lora_one.processes import Processes
+from lora_one.tracking import MetricsFile, Tracker
+
+_TOKENS_PER_MICRO_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How the examples become optimiser steps."""
+
+    per_device_batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    n_steps: int
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did; ``seconds`` and rates are of this start, not of resumed parts."""
+
+    n_steps: int
+    final_train_loss: float
+    validation_loss: float
+    seconds: float
+    tokens_per_second: float
+    resumed_from_step: int
+
+
+def plan_training(n_examples: int, config: ModelConfig, world_size: int) -> TrainPlan:
+    """Cuts optimiser steps into micro-batches.
+
+    Raises:
+        UserError: If ``model.real_batch_size`` is no multiple of processes times
+            ``model.per_device_batch_size``.
+    """
+    real = config.real_batch_size
+    if real % world_size:
+        raise UserError(
+            f"model.real_batch_size={real}: not divisible by {world_size} processes; use a multiple of {world_size}"
+        )
+    per_device = config.per_device_batch_size
+    if per_device is None:
+        fits = max(1, _TOKENS_PER_MICRO_BATCH // config.max_length)
+        per_device = max(size for size in range(1, fits + 1) if (real // world_size) % size == 0)
+    if real % (world_size * per_device):
+        raise UserError(
+            f"model.real_batch_size={real}: not divisible by {world_size} processes x "
+            f"model.per_device_batch_size={per_device}; change one of them"
+        )
+    steps_per_epoch = -(-n_examples // real)
+    n_steps = max(1, round(config.epochs * steps_per_epoch))
+    if config.max_steps is not None:
+        n_steps = min(n_steps, config.max_steps)
+    return TrainPlan(per_device, real // (world_size * per_device), steps_per_epoch, n_steps)
+
+
+def train(
+    model: Any,
+    train_examples: Sequence[Encoded],
+    validation_examples: Sequence[Encoded],
+    config: ExperimentConfig,
+    *,
+    pad_id: int,
+    processes: Processes,
+    folder: Path,
+    tracker: Tracker,
+) -> TrainResult:
+    """Trains ``model``'s trainable parameters in place, resuming from the folder's last checkpoint.
+
+    Args:
+        model: A PEFT model, or a plain one for full fine-tuning.
+        train_examples: Encoded training split.
+        validation_examples: Encoded validation split.
+        config: The experiment.
+        pad_id: Padding token.
+        processes: Who trains together.
+        folder: The run's folder; gets ``checkpoints/`` and ``metrics.jsonl``.
+        tracker: Receives the logged points.
+    """
+    plan = plan_training(len(train_examples), config.model, processes.world_size)
+    sampler = WindowSampler(
+        train_examples,
+        real_batch_size=config.model.real_batch_size,
+        per_device_batch_size=plan.per_device_batch_size,
+        reduction=config.model.loss_reduction,
+        seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    checkpoint = last_checkpoint(folder)
+    resumed_from = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    callbacks: list[TrainerCallback] = [_Progress(plan.n_steps, processes.is_main)]
+    if processes.is_main:
+        metrics = MetricsFile(folder / "metrics.jsonl", keep_through_step=resumed_from)
+        callbacks.append(_Log(metrics, tracker, config.model.logging_steps))
+    if config.model.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.model.early_stopping_patience))
+    trainer = _WindowTrainer(
+        model=model,
+        args=_arguments(config, plan, folder),
+        callbacks=callbacks,
+        train_dataset=train_examples,
+        eval_dataset=validation_examples,
+        loader=WindowLoader(sampler, pad_id),
+        reduction=config.model.loss_reduction,
+        pad_id=pad_id,
+        processes=processes,
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    history = trainer.state.log_history
+    return TrainResult(
+        n_steps=trainer.state.global_step,
+        final_train_loss=_last(history, "loss"),
+        validation_loss=trainer.evaluate()["eval_loss"],
+        seconds=seconds,
+        tokens_per_second=_tokens_between(sampler, resumed_from, trainer.state.global_step) / seconds,
+        resumed_from_step=resumed_from,
+    )
+
+
+def validation_loss(
+    model: Any,
+    examples: Sequence[Encoded],
+    *,
+    reduction: str,
+    batch_size: int,
+    pad_id: int,
+    processes: Processes,
+) -> float:
+    """The training loss over the whole split, exact for any batch size and number of processes."""
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+    batches = whole_window(
+        examples,
+        by_length,
+        batch_size=batch_size,
+        reduction=reduction,
+        pad_id=pad_id,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for slots in batches:
+            batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
+            total += weighted_loss(model, to_device(batch, processes.device)).item()
+    model.train(was_training)
+    return float(processes.sum_(total))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; the Trainer writes ``trainer_state.json`` last."""
+    complete = [path.parent for path in (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+class _WindowTrainer(Trainer):
+    """Trainer whose batches carry their weights, so that it has nothing to normalise."""
+
+    def __init__(
+        self,
+        *,
+        loader: WindowLoader,
+        reduction: str,
+        pad_id: int,
+        processes: Processes,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.loader = loader
+        self.reduction = reduction
+        self.pad_id = pad_id
+        self.processes = processes
+        # The weights already hold the mean over the whole optimiser step.
+        self.loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> WindowLoader:
+        return self.loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        return None
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        # DDP averages gradients over processes; the weights ask for their sum.
+        return weighted_loss(model, inputs) * self.processes.world_size
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        loss = validation_loss(
+            self.model,
+            self.eval_dataset,
+            reduction=self.reduction,
+            batch_size=self.args.per_device_eval_batch_size,
+            pad_id=self.pad_id,
+            processes=self.processes,
+        )
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> TrainingArguments:
+    model = config.model
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        use_cpu=not torch.accelerator.is_available(),
+        per_device_train_batch_size=plan.per_device_batch_size,
+        per_device_eval_batch_size=max(plan.per_device_batch_size, 8),
+        gradient_accumulation_steps=plan.accumulation_steps,
+        num_train_epochs=model.epochs,
+        max_steps=plan.n_steps,
+        learning_rate=model.learning_rate,
+        weight_decay=model.weight_decay,
+        max_grad_norm=model.max_grad_norm,
+        lr_scheduler_type=model.lr_scheduler,
+        warmup_steps=model.warmup_steps,
+        bf16=model.bf16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=max(1, round(model.eval_epochs * plan.steps_per_epoch)),
+        save_strategy="steps",
+        save_steps=model.save_steps or plan.steps_per_epoch,
+        save_total_limit=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=config.seed,
+    )
+
+
+class _Progress(TrainerCallback):
+    """A bar with loss, learning rate, steps per second and time left."""
+
+    def __init__(self, n_steps: int, enabled: bool) -> None:
+        self.n_steps = n_steps
+        self.enabled = enabled
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=self.n_steps, initial=state.global_step, desc="train", unit="step", disable=not self.enabled
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
+        elif "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class _Log(TrainerCallback):
+    """Every step to ``metrics.jsonl``, every ``logging_steps``-th to the tracker."""
+
+    def __init__(self, metrics: MetricsFile, tracker: Tracker, every: int) -> None:
+        self.metrics = metrics
+        self.tracker = tracker
+        self.every = every
+        self.start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        known = ("loss", "grad_norm", "learning_rate", "eval_loss")
+        point = {key: float(logs[key]) for key in known if key in logs}
+        if not point:
+            return
+        seconds = round(time.perf_counter() - self.start, 3)
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **point, "seconds": seconds}
+        self.metrics.append(row)
+        if "eval_loss" in point or state.global_step % self.every == 0:
+            self.tracker.log(point, step=state.global_step)
+
+
+def _last(history: list[dict[str, float]], key: str) -> float:
+    return next((entry[key] for entry in reversed(history) if key in entry), float("nan"))
+
+
+def _tokens_between(sampler: WindowSampler, first_step: int, last_step: int) -> int:
+    total = 0
+    for step in range(first_step, last_step, 1):
+        epoch, window = divmod(step, sampler.n_windows)
+        if window == 0 or step == first_step:
+            sampler.epoch = epoch
+            windows = list(sampler.windows())
+        total += sum(len(sampler.examples[index].ids) for index in windows[window])
+    return total

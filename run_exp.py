@@ -1,0 +1,305 @@
+"""One experiment, or a sweep with ``-m``.
+
+    python run_exp.py                                         the embedded default, offline, on a CPU
+    python run_exp.py -m ++init.direction=LoRA-One seed=0,1   a sweep
+    python run_exp.py dataset=meta_math dry_run=true          the plan, without loading any weights
+
+``run_experiment`` is the way of one experiment, a line a stage; the stages follow it in order, and
+after them how a launch begins and ends.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from eval.gsm8k import evaluate_gsm8k
+from lora_one import adapters, training
+from lora_one.config import ExperimentConfig, parse_config
+from lora_one.data.prepare import Data, prepare_data
+from lora_one.errors import UserError
+from lora_one.gradients import GradientEstimate, estimate_gradient
+from lora_one.inits import AdapterInit, init_factors, triplets_needed
+from lora_one.models import LoadedModel, adapter_rank, load_model, load_tokenizer
+from lora_one.overrides import named_keys, normalise_overrides
+from lora_one.plan import describe_plan
+from lora_one.plots import plot_run
+from lora_one.processes import start_processes
+from lora_one.records import write_text
+from lora_one.runs import Run
+from lora_one.tracking import Tracker
+
+CONF_DIR = Path(__file__).resolve().parent / "conf"
+FAILED, BAD_INPUT = 1, 2
+
+
+def run_experiment(config: ExperimentConfig, run: Run) -> None:
+    """Runs one experiment, from pretrained weights to a record and a plot.
+
+    Raises:
+        UserError: For bad input.
+    """
+    set_seed(config.seed)
+    data, loaded = load(config, run)
+    evaluate("test_before", config, loaded.model, data, loaded, run)
+    estimate = estimate_for_init(config, loaded, data, run)
+    model, inits = initialise(config, loaded, estimate, data, run)
+    train(config, model, data, run)
+    export(config, model, inits, loaded, run)
+    evaluate("test", config, model, data, loaded, run)
+    if run.processes.is_main:
+        plot_run(run.record, run.folder)
+
+
+def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
+    """Data first: its faults are found before any weights are read."""
+    with run.stage("data"):
+        tokenizer = load_tokenizer(config.model)
+        data = prepare_data(config, tokenizer)
+        run.record.data = data.summary()
+        run.check_same_data()
+    with run.stage("model"):
+        loaded = load_model(config, tokenizer, run.processes.device)
+        run.record.model = loaded.summary()
+    return data, loaded
+
+
+def evaluate(name: str, config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, run: Run) -> None:
+    """Exact match on the test split, stored under ``name``; the generated texts beside the record."""
+    if config.eval.task is None or not data.texts.test or name in run.record.metrics:
+        return
+    if name == "test_before" and not config.eval.before_training:
+        return
+    with run.stage(name):
+        result = evaluate_gsm8k(model, loaded.tokenizer, data.texts.test, config.eval, run.processes, name)
+        run.record.metrics[name] = result.summary()
+        if run.processes.is_main:
+            write_text(run.folder / f"{name}.jsonl", result.samples_jsonl())
+    run.processes.say(f"{name}: {result}")
+
+
+def estimate_for_init(
+    config: ExperimentConfig, loaded: LoadedModel, data: Data, run: Run
+) -> GradientEstimate | None:
+    """The gradient of the training loss at the pretrained weights, where the init needs it."""
+    needs_gradient = config.peft.use_peft and config.init.mode == "gradient"
+    if not needs_gradient or run.has_init:
+        return None
+    with run.stage("gradient"):
+        estimate = estimate_gradient(
+            loaded.model,
+            loaded.targets,
+            data.gradient.examples,
+            config,
+            n_triplets=triplets_needed(config.init.direction, adapter_rank(loaded.model, config.peft)),
+            pad_id=data.pad_id,
+            processes=run.processes,
+        )
+        run.record.gradient = estimate.summary()
+    return estimate
+
+
+def initialise(
+    config: ExperimentConfig, loaded: LoadedModel, estimate: GradientEstimate | None, data: Data, run: Run
+) -> tuple[Any, dict[str, AdapterInit]]:
+    """The model to train, and the starts of its adapters where they have ``B A ≠ 0``."""
+    if not config.peft.use_peft:
+        return loaded.model.requires_grad_(True), {}
+    with run.stage("init"):
+        rank = adapter_rank(loaded.model, config.peft)
+        model = adapters.add_adapter(loaded, config.peft, rank, config.seed)
+        inits: dict[str, AdapterInit] = {}
+        if run.has_init:
+            inits = adapters.load_init(run.init_file)
+        elif estimate is not None:
+            inits = inits_from_estimate(config, estimate, rank, adapters.scaling(model))
+        if inits:
+            probe = data.validation.examples[:4]
+            report = adapters.apply_init(model, inits, probe, data.pad_id, run.processes.device)
+            run.record.init = asdict(report)
+            inits = adapters.stored_init(model, inits)
+            if run.processes.is_main and not run.has_init:
+                adapters.save_init(inits, run.init_file)
+    return model, inits
+
+
+def inits_from_estimate(
+    config: ExperimentConfig, estimate: GradientEstimate, rank: int, scaling: float
+) -> dict[str, AdapterInit]:
+    """The start of every target, from its gradient's triplets."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return {
+        name: init_factors(
+            triplets.U_OK,
+            triplets.S_K,
+            triplets.V_IK,
+            rank=rank,
+            direction=config.init.direction,
+            scale=config.init.scale,
+            gamma=config.init.stable_gamma,
+            scaling=scaling,
+            normalize=config.init.normalize,
+            generator=generator,
+        )
+        for name, triplets in estimate.triplets.items()
+    }
+
+
+def train(config: ExperimentConfig, model: Any, data: Data, run: Run) -> None:
+    """Trains in place; an interrupted run goes on from its last complete checkpoint."""
+    wandb_config = config.wandb if run.processes.is_main else config.wandb.model_copy(update={"mode": "disabled"})
+    tracker = Tracker(wandb_config, run.record.run_id, run.folder, config.model_dump())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with run.stage("training"):
+        result = training.train(
+            model,
+            data.train.examples,
+            data.validation.examples,
+            config,
+            pad_id=data.pad_id,
+            processes=run.processes,
+            folder=run.folder,
+            tracker=tracker,
+        )
+        total = sum(parameter.numel() for parameter in model.parameters())
+        run.record.training = {"trainable_parameters": trainable, "parameters": total, **asdict(result)}
+        run.record.metrics["validation_loss"] = result.validation_loss
+    tracker.finish({"validation_loss": result.validation_loss})
+
+
+def export(
+    config: ExperimentConfig, model: Any, inits: dict[str, AdapterInit], loaded: LoadedModel, run: Run
+) -> None:
+    """What others can load: the portable adapter, and the merged model where asked."""
+    if run.processes.is_main:
+        with run.stage("export"):
+            if config.peft.use_peft:
+                adapters.export_adapter(model, inits, run.folder / "adapter")
+                if config.model.saving:
+                    adapters.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
+            else:
+                adapters.save_model(model, loaded.tokenizer, run.folder / "merged")
+    run.processes.wait()
+
+
+def add_outputs(config: ExperimentConfig, run: Run) -> None:
+    """A finished run is left alone; asked for another output, only that is made."""
+    wants_merged = config.model.saving and not (run.folder / "merged").exists()
+    wants_test = config.eval.task is not None and (run.previous or {})["config"]["eval"] != config.eval.model_dump()
+    if not (wants_merged or wants_test):
+        run.processes.say(f"{run.folder}: this run is finished, nothing to do")
+        return
+    run.processes.say(f"{run.folder}: this run is finished, adding what is new")
+    data, loaded = load(config, run)
+    if wants_merged and run.processes.is_main:
+        with run.stage("export"):
+            adapters.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
+    if wants_test:
+        run.record.metrics.pop("test", None)
+        evaluate("test", config, adapters.load_trained(loaded, run.folder), data, loaded, run)
+
+
+def start(composed: DictConfig) -> None:
+    """One job of a launch: checks the config, then runs, resumes, or returns."""
+    overrides = list(HydraConfig.get().overrides.task)
+    config = parse_config(composed, named_keys(overrides))
+    processes = start_processes()
+    named_model = "model" in named_keys(overrides)
+    origin = "" if named_model else f" (the model of dataset {config.dataset.name}; choose another with model=…)"
+    processes.say(f"model {config.model.name}{origin}")
+    if not config.peft.use_peft:
+        processes.say("peft=full_ft: all weights are trained, init is ignored")
+    if config.dry_run:
+        processes.say(describe_plan(config, processes.world_size))
+        return
+    run = Run(config, processes)
+    try:
+        if run.is_finished:
+            add_outputs(config, run)
+        else:
+            processes.say(f"run {run.folder}" + (" (resuming)" if run.previous else ""))
+            run_experiment(config, run)
+            processes.say(summary(run))
+        run.close()
+    except BaseException as error:
+        run.close(error)
+        raise
+
+
+def summary(run: Run) -> str:
+    """What came of a run, in a few aligned lines."""
+    record = run.record
+    rows = [("validation loss", f"{record.metrics['validation_loss']:.4f}")]
+    for name in ("test_before", "test"):
+        if name in record.metrics:
+            figures = record.metrics[name]
+            share, error = f"{figures['value']:.1%}", f"{figures['standard_error']:.1%}"
+            rows.append((f"{name} {figures['metric']}", f"{share} ± {error} (n = {figures['n']})"))
+    seconds = sum(stage["seconds"] for stage in record.stages.values())
+    rows += [
+        ("tokens per second", f"{record.training['tokens_per_second']:,.0f} in training"),
+        ("time", f"{seconds:.0f} s in all stages"),
+        ("folder", f"{run.folder} (record.json, plot.png)"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def job(composed: DictConfig, exit_codes: list[int]) -> None:
+    """Runs one job of a sweep; a failed one is reported and does not stop the next."""
+    try:
+        start(composed)
+        exit_codes.append(0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        exit_codes.append(BAD_INPUT)
+    except OSError as error:
+        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr, flush=True)
+        exit_codes.append(FAILED)
+    except Exception:
+        traceback.print_exc()
+        exit_codes.append(FAILED)
+    if exit_codes[-1] != 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The other processes may wait for this one: end the whole launch, the sweep can be repeated.
+        sys.stdout.flush()
+        os._exit(exit_codes[-1])
+
+
+def main() -> None:
+    """The command line."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # PEFT 0.21 asks transformers 5 by a name that will go.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+    exit_codes: list[int] = []
+    # Hydra shall raise, not print a traceback.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        sys.argv[1:], notes = normalise_overrides(sys.argv[1:], CONF_DIR)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+        launch(lambda composed: job(composed, exit_codes))()
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    failed = sum(code != 0 for code in exit_codes)
+    if failed and len(exit_codes) > 1:
+        print(f"error: {failed} of {len(exit_codes)} jobs failed", file=sys.stderr)
+    sys.exit(max(exit_codes, default=0))
+
+
+if __name__ == "__main__":
+    main()
