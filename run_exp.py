@@ -20,6 +20,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from huggingface_hub.utils import logging as hub_logging
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed
@@ -53,12 +54,14 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
     """
     set_seed(config.seed)
     data, loaded = load(config, run)
+    tracker = start_tracker(config, run)
     evaluate("test_before", config, loaded.model, data, loaded, run)
     estimate = estimate_for_init(config, loaded, data, run)
     model, inits = initialise(config, loaded, estimate, data, run)
-    train(config, model, data, run)
+    train(config, model, data, tracker, run)
     export(config, model, inits, loaded, run)
     evaluate("test", config, model, data, loaded, run)
+    tracker.finish(run.record.figures())
     if run.processes.is_main:
         plot_run(run.record, run.folder)
 
@@ -70,13 +73,17 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         data = prepare_data(config, tokenizer)
         run.record.data = data.summary()
         run.check_same_data()
+    for remark in data.remarks():
+        run.processes.say(f"note: {remark}")
     with run.stage("model"):
         loaded = load_model(config, tokenizer, run.processes.device)
         run.record.model = loaded.summary()
     return data, loaded
 
 
-def evaluate(name: str, config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, run: Run) -> None:
+def evaluate(
+    name: str, config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, run: Run
+) -> None:
     """Exact match on the test split, stored under ``name``; the generated texts beside the record."""
     if config.eval.task is None or not data.texts.test or name in run.record.metrics:
         return
@@ -157,10 +164,15 @@ def inits_from_estimate(
     }
 
 
-def train(config: ExperimentConfig, model: Any, data: Data, run: Run) -> None:
+def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
+    """The main process's tracker; the others have none."""
+    mode = config.wandb.mode if run.processes.is_main else "disabled"
+    settings = config.wandb.model_copy(update={"mode": mode})
+    return Tracker(settings, run.record.run_id, run.folder, config.model_dump())
+
+
+def train(config: ExperimentConfig, model: Any, data: Data, tracker: Tracker, run: Run) -> None:
     """Trains in place; an interrupted run goes on from its last complete checkpoint."""
-    wandb_config = config.wandb if run.processes.is_main else config.wandb.model_copy(update={"mode": "disabled"})
-    tracker = Tracker(wandb_config, run.record.run_id, run.folder, config.model_dump())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with run.stage("training"):
         result = training.train(
@@ -176,7 +188,6 @@ def train(config: ExperimentConfig, model: Any, data: Data, run: Run) -> None:
         total = sum(parameter.numel() for parameter in model.parameters())
         run.record.training = {"trainable_parameters": trainable, "parameters": total, **asdict(result)}
         run.record.metrics["validation_loss"] = result.validation_loss
-    tracker.finish({"validation_loss": result.validation_loss})
 
 
 def export(
@@ -188,7 +199,9 @@ def export(
             if config.peft.use_peft:
                 adapters.export_adapter(model, inits, run.folder / "adapter")
                 if config.model.saving:
-                    adapters.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
+                    adapters.merge_adapter(
+                        loaded, config.model, run.folder / "adapter", run.folder / "merged"
+                    )
             else:
                 adapters.save_model(model, loaded.tokenizer, run.folder / "merged")
     run.processes.wait()
@@ -197,7 +210,9 @@ def export(
 def add_outputs(config: ExperimentConfig, run: Run) -> None:
     """A finished run is left alone; asked for another output, only that is made."""
     wants_merged = config.model.saving and not (run.folder / "merged").exists()
-    wants_test = config.eval.task is not None and (run.previous or {})["config"]["eval"] != config.eval.model_dump()
+    wants_test = (
+        config.eval.task is not None and (run.previous or {})["config"]["eval"] != config.eval.model_dump()
+    )
     if not (wants_merged or wants_test):
         run.processes.say(f"{run.folder}: this run is finished, nothing to do")
         return
@@ -217,10 +232,13 @@ def start(composed: DictConfig) -> None:
     config = parse_config(composed, named_keys(overrides))
     processes = start_processes()
     named_model = "model" in named_keys(overrides)
-    origin = "" if named_model else f" (the model of dataset {config.dataset.name}; choose another with model=…)"
+    origin = (
+        "" if named_model else f" (the model of dataset {config.dataset.name}; choose another with model=…)"
+    )
     processes.say(f"model {config.model.name}{origin}")
     if not config.peft.use_peft:
         processes.say("peft=full_ft: all weights are trained, init is ignored")
+    training.plan_training(1, config.model, processes.world_size)
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
         return
@@ -231,30 +249,11 @@ def start(composed: DictConfig) -> None:
         else:
             processes.say(f"run {run.folder}" + (" (resuming)" if run.previous else ""))
             run_experiment(config, run)
-            processes.say(summary(run))
+            processes.say(run.summary())
         run.close()
     except BaseException as error:
         run.close(error)
         raise
-
-
-def summary(run: Run) -> str:
-    """What came of a run, in a few aligned lines."""
-    record = run.record
-    rows = [("validation loss", f"{record.metrics['validation_loss']:.4f}")]
-    for name in ("test_before", "test"):
-        if name in record.metrics:
-            figures = record.metrics[name]
-            share, error = f"{figures['value']:.1%}", f"{figures['standard_error']:.1%}"
-            rows.append((f"{name} {figures['metric']}", f"{share} ± {error} (n = {figures['n']})"))
-    seconds = sum(stage["seconds"] for stage in record.stages.values())
-    rows += [
-        ("tokens per second", f"{record.training['tokens_per_second']:,.0f} in training"),
-        ("time", f"{seconds:.0f} s in all stages"),
-        ("folder", f"{run.folder} (record.json, plot.png)"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def job(composed: DictConfig, exit_codes: list[int]) -> None:
@@ -266,7 +265,11 @@ def job(composed: DictConfig, exit_codes: list[int]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_codes.append(BAD_INPUT)
     except OSError as error:
-        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr, flush=True)
+        print(
+            f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "),
+            file=sys.stderr,
+            flush=True,
+        )
         exit_codes.append(FAILED)
     except Exception:
         traceback.print_exc()
@@ -281,6 +284,7 @@ def main() -> None:
     """The command line."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     # PEFT 0.21 asks transformers 5 by a name that will go.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     exit_codes: list[int] = []

@@ -46,7 +46,9 @@ def generate(
     answers: list[tuple[int, str]] = []
     with torch.inference_mode():
         for batch in tqdm(mine, desc=description, unit="batch", disable=not processes.is_main):
-            answers += zip(batch, _continue(model, tokenizer, [ids[i] for i in batch], settings, processes), strict=True)
+            answers += zip(
+                batch, _continue(model, tokenizer, [ids[i] for i in batch], settings, processes), strict=True
+            )
     model.train(was_training)
     texts = dict(processes.gather(answers))
     return [texts[index] for index in range(len(prompts))]

@@ -7,7 +7,6 @@ that nobody else has. Such an adapter is written as the exact difference to the 
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +62,7 @@ def add_adapter(loaded: LoadedModel, config: PeftConfig, rank: int, seed: int) -
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=config.lora_alpha,  # pyright: ignore  (PEFT says int and divides)
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT says int, and divides by r
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in loaded.targets}),
@@ -74,7 +73,9 @@ def add_adapter(loaded: LoadedModel, config: PeftConfig, rank: int, seed: int) -
     adapted = {name.removeprefix(_PREFIX) for name in _lora_layers(model)}
     if adapted != set(loaded.targets):
         odd = min(adapted ^ set(loaded.targets))
-        raise UserError(f"peft.lora_target_modules: ambiguous for {odd}; name the layers by their last part only")
+        raise UserError(
+            f"peft.lora_target_modules: ambiguous for {odd}; name the layers by their last part only"
+        )
     return model
 
 
@@ -146,7 +147,7 @@ def save_init(inits: Mapping[str, AdapterInit], path: Path) -> None:
     shifts = any(init.shifts_base for init in inits.values())
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"shifts_base": str(shifts)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_init(path: Path) -> dict[str, AdapterInit]:
@@ -173,8 +174,10 @@ def export_adapter(model: PeftModel, inits: Mapping[str, AdapterInit], folder: P
         inits: The stored starts; empty for a start with ``B = 0``.
         folder: Created whole or not at all.
     """
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(model).items()}
-    config = copy.deepcopy(model.peft_config[_ADAPTER])
+    state = {
+        key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(model).items()
+    }
+    config: Any = copy.deepcopy(model.peft_config[_ADAPTER])
     config.inference_mode = True
     if any(init.shifts_base for init in inits.values()):
         config.r = 2 * config.r
@@ -225,11 +228,11 @@ def load_trained(loaded: LoadedModel, run_folder: Path) -> Any:
     return model.to(loaded.model.device)
 
 
-def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+def _lora_layers(model: PeftModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _product(layer: LoraLayer) -> Tensor:
+def _product(layer: Any) -> Tensor:
     A_RI = layer.lora_A[_ADAPTER].weight.float()
     B_OR = layer.lora_B[_ADAPTER].weight.float()
     return layer.scaling[_ADAPTER] * (B_OR @ A_RI)
@@ -257,4 +260,4 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial.replace(folder)

@@ -187,14 +187,21 @@ def result_identity(config: ExperimentConfig) -> str:
     Values equal to their default are left out, so that a later version with a new key keeps the
     identity of old runs.
     """
-    tree = config.model_dump(exclude_defaults=True)
+    settings = result_settings(config.model_dump(exclude_defaults=True))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def result_settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """The part of a dumped config that changes the trained weights."""
+    settings = {name: dict(node) if isinstance(node, dict) else node for name, node in tree.items()}
     for section, keys in _OUTPUT_KEYS.items():
-        node = tree if section == "" else tree.get(section, {})
+        node = settings if section == "" else settings.get(section, {})
         for key in keys:
             node.pop(key, None)
-    if not config.peft.use_peft:
-        tree.pop("init", None)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    if settings.get("peft", {}).get("use_peft") is False:
+        settings.pop("init", None)
+        settings["peft"] = {"use_peft": False}
+    return settings
 
 
 def valid_keys() -> list[str]:
@@ -231,7 +238,9 @@ def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[st
     init = config.init
     asked = sorted(key for key in named if key == "init" or key.startswith("init."))
     if not config.peft.use_peft and init.mode == "gradient" and asked:
-        raise UserError(f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all")
+        raise UserError(
+            f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
+        )
     idle = sorted(init.model_fields_set - {"mode"})
     if config.peft.use_peft and init.mode == "simple" and idle:
         raise UserError(

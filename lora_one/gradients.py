@@ -164,7 +164,9 @@ def decompose(name: str, G_OI: Tensor, n_triplets: int) -> Triplets:
     if not np.isfinite(norm):
         raise UserError(f"{name}: its gradient is not finite; check the data, or use model.bf16=false")
     if norm == 0.0:
-        raise UserError(f"{name}: its gradient is zero; leave it out of peft.lora_target_modules, or check the data")
+        raise UserError(
+            f"{name}: its gradient is zero; leave it out of peft.lora_target_modules, or check the data"
+        )
     if min(G_OI.shape) <= _FULL_SVD_LIMIT:
         U_OK, S_K, Vt_KI = torch.linalg.svd(G_OI, full_matrices=False)
         V_IK = Vt_KI.T
@@ -179,7 +181,9 @@ def decompose(name: str, G_OI: Tensor, n_triplets: int) -> Triplets:
 
 
 @contextmanager
-def _only_target_gradients(model: Any, targets: Sequence[str], gradients: dict[str, Tensor]) -> Iterator[None]:
+def _only_target_gradients(
+    model: Any, targets: Sequence[str], gradients: dict[str, Tensor]
+) -> Iterator[None]:
     """Lets only the targets' weights take gradients, and moves each to ``gradients`` as it is made."""
     was_training = model.training
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -202,6 +206,7 @@ def _only_target_gradients(model: Any, targets: Sequence[str], gradients: dict[s
 
 def _collect(weight: nn.Parameter, G_OI: Tensor) -> Any:
     def move(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs when it has just been made
         G_OI.add_(parameter.grad.to(device="cpu", dtype=torch.float32))
         parameter.grad = None
 

@@ -20,7 +20,9 @@ def weighted_loss(model: Any, batch: Batch) -> Tensor:
     Returns:
         A float32 scalar.
     """
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    logits_BTV = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     targets_BT = batch["labels"][:, 1:]
     losses_BT = cross_entropy(
         logits_BTV[:, :-1].transpose(1, 2).float(), targets_BT, ignore_index=IGNORED, reduction="none"

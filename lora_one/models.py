@@ -70,17 +70,21 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise UserError(f"model.name={config.name}: the tokenizer {offline_hint(error)}") from error
+        raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"model.name={config.name}: its tokenizer has no fast version, which masking needs")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name={config.name}: its tokenizer has no end token; set eos_token in its config")
+        raise UserError(
+            f"model.name={config.name}: its tokenizer has no end token; set eos_token in its config"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> LoadedModel:
+def load_model(
+    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> LoadedModel:
     """Loads the pretrained model onto ``device`` and finds its target layers.
 
     Weights are bfloat16 with ``model.bf16``, else float32.
@@ -91,7 +95,9 @@ def load_model(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, dev
     """
     source = model_source(config.model.name)
     check_bf16(config.model, device)
-    model = read_weights(config.model, source, torch.bfloat16 if config.model.bf16 else torch.float32).to(device)
+    model = read_weights(config.model, source, torch.bfloat16 if config.model.bf16 else torch.float32).to(
+        device
+    )
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -115,9 +121,9 @@ def empty_model(config: ModelConfig) -> Any | None:
         return AutoModelForCausalLM.from_config(hf_config)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
     """All linear layers but the output head, by full name."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
@@ -125,7 +131,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def target_names(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
+def target_names(model: Any, config: PeftConfig) -> tuple[str, ...]:
     """Full names of the layers that ``peft.lora_target_modules`` means.
 
     Raises:
@@ -140,7 +146,8 @@ def target_names(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
         if not any(_ends_with(name, suffix) for name in layers):
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise UserError(
-                f"peft.lora_target_modules: {suffix!r} matches no linear layer; the model has: {', '.join(known)}"
+                f"peft.lora_target_modules: {suffix!r} matches no linear layer; "
+                f"the model has: {', '.join(known)}"
             )
     return tuple(name for name in layers if any(_ends_with(name, suffix) for suffix in suffixes))
 
@@ -162,9 +169,8 @@ def check_rank(model: Any, targets: tuple[str, ...], config: ExperimentConfig) -
     limit = min(layers[smallest].weight.shape)
     if needed > limit:
         what = f"needs 2r = {needed} directions" if shifts else f"is {rank}"
-        raise UserError(
-            f"peft.lora_r={rank}: {what}, but {smallest} has only {limit}; use r <= {limit // 2 if shifts else limit}"
-        )
+        most = limit // 2 if shifts else limit
+        raise UserError(f"peft.lora_r={rank}: {what}, but {smallest} has only {limit}; use r <= {most}")
 
 
 def check_bf16(config: ModelConfig, device: torch.device) -> None:
@@ -174,7 +180,7 @@ def check_bf16(config: ModelConfig, device: torch.device) -> None:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
         has_bf16 = True
     if not has_bf16:
@@ -188,7 +194,9 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
         UserError: If it cannot be read or has no weights.
     """
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise UserError(f"model.name={config.name}: the folder has no *.safetensors weights; save the model again")
+        raise UserError(
+            f"model.name={config.name}: the folder has no *.safetensors weights; save the model again"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(
             source,

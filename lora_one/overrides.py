@@ -33,12 +33,14 @@ def normalise_overrides(arguments: list[str], conf_dir: Path) -> tuple[list[str]
     Raises:
         UserError: If an override cannot be read, or a group has no such choice.
     """
+    flags: list[str] = []
     rewritten: list[str] = []
     notes: list[str] = []
     for argument in arguments:
         match = _OVERRIDE.match(argument)
         if match is None or match["key"].startswith("hydra"):
-            rewritten.append(argument)
+            # Hydra's parser wants flags first; a bare word is a flag's value.
+            (flags if match is None else rewritten).append(argument)
             continue
         key, value = _ALIASES.get(match["key"], match["key"]), match["value"]
         if key in _KEY_ALIASES:
@@ -49,7 +51,7 @@ def normalise_overrides(arguments: list[str], conf_dir: Path) -> tuple[list[str]
         else:
             rewritten.append(f"++{key}={value}")
         _check_grammar(argument, rewritten[-1])
-    return rewritten, notes
+    return flags + rewritten, notes
 
 
 def named_keys(overrides: list[str]) -> set[str]:
@@ -68,7 +70,9 @@ def _choices(group: str, value: str, conf_dir: Path) -> str:
     names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
     for name in names:
         if name not in valid and name != "null":
-            raise UserError(f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}")
+            raise UserError(
+                f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}"
+            )
     return ",".join(names)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_one.config import ExperimentConfig
-from lora_one.data.loading import dataset_spec
+from lora_one.data.loading import dataset_spec, load_splits
 from lora_one.errors import UserError
 from lora_one.inits import ALIASES
 from lora_one.models import adapter_rank, check_rank, empty_model, model_source, target_names
@@ -11,6 +11,7 @@ from lora_one.records import run_id
 from lora_one.training import plan_training
 
 _UNKNOWN = "unknown offline"
+_SPLITS = ("train", "validation", "test")
 
 
 def describe_plan(config: ExperimentConfig, world_size: int) -> str:
@@ -66,7 +67,9 @@ def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
     n_train = counts["train"]
     if n_train is None:
         if config.model.max_steps is not None:
-            rows.append(("steps", f"at most {config.model.max_steps:,} of {config.model.real_batch_size} examples"))
+            rows.append(
+                ("steps", f"at most {config.model.max_steps:,} of {config.model.real_batch_size} examples")
+            )
         else:
             rows.append(("steps", _UNKNOWN))
         return [*rows, ("tokens", _UNKNOWN), ("gradient sample", _gradient_sample(config, None))]
@@ -77,8 +80,8 @@ def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
         *rows,
         (
             "steps",
-            f"{plan.n_steps:,} of {config.model.real_batch_size} examples (processes x device batch x accumulation: "
-            f"{batching})",
+            f"{plan.n_steps:,} of {config.model.real_batch_size} examples "
+            f"(processes x device batch x accumulation: {batching})",
         ),
         ("tokens", f"at most {tokens:,} (model.max_length={config.model.max_length})"),
         ("gradient sample", _gradient_sample(config, n_train)),
@@ -86,21 +89,14 @@ def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
 
 
 def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
-    spec = dataset_spec(config.dataset.name)
-    known: dict[str, int] = dict(spec.generated_rows or {}) | (config.dataset.rows or {})
     dataset = config.dataset
-    files = {"train": dataset.train_file, "validation": dataset.validation_file, "test": dataset.test_file}
-    sizes = {"train": dataset.train_size, "validation": dataset.validation_size, "test": dataset.test_size}
-    counts: dict[str, int | None] = {}
-    for split, file in files.items():
-        stands_in = file is not None or (dataset.train_file is not None and split != "validation")
-        rows = None if stands_in else known.get(split)
-        if spec.generate is not None and not stands_in and split != "train":
-            rows = sizes[split] or rows
-        elif sizes[split] is not None and (rows is None or sizes[split] < rows) and not stands_in:
-            rows = sizes[split]
-        counts[split] = rows
-    return counts
+    if dataset.train_file is not None or dataset_spec(dataset.name).generate is not None:
+        # Nothing to download. Token limits of the dataset are not applied: that needs a tokenizer.
+        splits = load_splits(dataset, lambda texts: [0] * len(texts))
+        return {name: len(getattr(splits, name)) for name in _SPLITS}
+    known = dataset.rows or {}
+    limits = {name: getattr(dataset, f"{name}_size") or known.get(name, 0) for name in _SPLITS}
+    return {name: min(known[name], limits[name]) if name in known else None for name in _SPLITS}
 
 
 def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
@@ -111,7 +107,9 @@ def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
         return f"the whole training split, {_number(n_train)} examples"
     wanted = init.sub_size if init.do_subsampling else init.bsz * init.iters
     if n_train is not None and wanted > n_train:
-        raise UserError(f"the gradient sample of {wanted} examples is larger than the training split ({n_train})")
+        raise UserError(
+            f"the gradient sample of {wanted} examples is larger than the training split ({n_train})"
+        )
     return f"{wanted} examples"
 
 

@@ -18,7 +18,9 @@ def plot_run(record: RunRecord, folder: Path) -> None:
     validation = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(*zip(*train, strict=True), label="training loss", color="tab:blue", alpha=0.35, linewidth=1)
-    axis.plot(*zip(*smoothed(train), strict=True), color="tab:blue", linewidth=1.8, label="training loss, smoothed")
+    axis.plot(
+        *zip(*smoothed(train), strict=True), color="tab:blue", linewidth=1.8, label="training loss, smoothed"
+    )
     if validation:
         axis.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation loss")
     axis.set(xlabel="optimiser step", ylabel="loss", yscale="log", title=_title(record))

@@ -68,7 +68,7 @@ def start_processes() -> Processes:
             each of them would train alone, on the same batches.
     """
     # A previous job of the same sweep may have used another mixed precision.
-    AcceleratorState._reset_state(reset_partial_state=False)  # noqa: SLF001
+    AcceleratorState._reset_state(reset_partial_state=False)
     has_accelerator = torch.accelerator.is_available()
     state = PartialState(cpu=not has_accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))

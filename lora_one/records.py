@@ -64,6 +64,13 @@ class RunRecord:
         """Writes ``record.json`` in one piece."""
         write_text(folder / "record.json", json.dumps(asdict(self), indent=2) + "\n")
 
+    def figures(self) -> dict[str, float]:
+        """The metrics as name and number."""
+        return {
+            name: metric["value"] if isinstance(metric, dict) else metric
+            for name, metric in self.metrics.items()
+        }
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage and notes the process's peak memory after it."""
@@ -152,7 +159,9 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another program"
             self._file.close()
-            raise UserError(f"{folder}: this run is being made by {holder}; wait for it, or stop it") from None
+            raise UserError(
+                f"{folder}: this run is being made by {holder}; wait for it, or stop it"
+            ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -166,7 +175,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file in one piece: after a crash it is the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _now() -> str:

@@ -67,14 +67,16 @@ class Run:
         stored = (self.previous or {}).get("data", {}).get("fingerprint")
         if stored not in (None, self.record.data["fingerprint"]):
             raise UserError(
-                f"{self.folder}: the data has changed since this run began; restore it, or remove the run folder"
+                f"{self.folder}: the data has changed since this run began; "
+                "restore it, or remove the run folder"
             )
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the run. Bad input found before anything was made leaves nothing behind."""
         if self.processes.is_main:
             if error is None:
-                finish(self.record, self.folder)
+                if not self.is_finished:
+                    finish(self.record, self.folder)
             elif self._created and isinstance(error, UserError) and not self.has_progress():
                 shutil.rmtree(self.folder, ignore_errors=True)
             elif not self.is_finished:
@@ -87,6 +89,24 @@ class Run:
         """Whether the folder holds anything that took work."""
         return self.init_file.exists() or (self.folder / "metrics.jsonl").exists()
 
+    def summary(self) -> str:
+        """What came of a run, in a few aligned lines."""
+        record = self.record
+        rows = [("validation loss", f"{record.metrics['validation_loss']:.4f}")]
+        for name in ("test_before", "test"):
+            if name in record.metrics:
+                figures = record.metrics[name]
+                share, error = f"{figures['value']:.1%}", f"{figures['standard_error']:.1%}"
+                rows.append((f"{name} {figures['metric']}", f"{share} ± {error} (n = {figures['n']})"))
+        seconds = sum(stage["seconds"] for stage in record.stages.values())
+        rows += [
+            ("tokens per second", f"{record.training['tokens_per_second']:,.0f} in training"),
+            ("time", f"{seconds:.0f} s in all stages"),
+            ("folder", f"{self.folder} (record.json, plot.png)"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
     def _first_record(self, config: ExperimentConfig) -> RunRecord:
         """A new record, or the finished one; keeps what an interrupted start measured for good."""
         record = new_record(config)
@@ -96,11 +116,17 @@ class Run:
             kept = {name: value for name, value in self.previous.items() if name in vars(record)}
             return RunRecord(**{**kept, "config": record.config})
         stored = self.previous
-        record.stages = {name: stored["stages"][name] for name in ("test_before",) if name in stored["stages"]}
-        record.metrics = {name: stored["metrics"][name] for name in ("test_before",) if name in stored["metrics"]}
+        record.stages = {
+            name: stored["stages"][name] for name in ("test_before",) if name in stored["stages"]
+        }
+        record.metrics = {
+            name: stored["metrics"][name] for name in ("test_before",) if name in stored["metrics"]
+        }
         if self.has_init:
             record.gradient, record.init = stored["gradient"], stored["init"]
-            record.stages |= {name: stored["stages"][name] for name in ("gradient",) if name in stored["stages"]}
+            record.stages |= {
+                name: stored["stages"][name] for name in ("gradient",) if name in stored["stages"]
+            }
         return record
 
     def _fail(self, text: str) -> None:

@@ -14,7 +14,11 @@ class MetricsFile:
     def __init__(self, path: Path, keep_through_step: int = 0) -> None:
         """Opens the file; rows after ``keep_through_step`` belong to steps that are done again."""
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= keep_through_step] if keep_through_step else []
+        kept = (
+            [row for row in read_metrics(path) if row["step"] <= keep_through_step]
+            if keep_through_step
+            else []
+        )
         path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -80,11 +84,13 @@ class Tracker:
             self._run = None
 
 
-def _mode(config: WandbConfig) -> str:
+def _mode(config: WandbConfig) -> Any:
     if config.mode != "auto":
         return config.mode
     netrc = Path.home() / ".netrc"
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.exists() and "api.wandb.ai" in netrc.read_text()
+    )
     return "online" if has_key else "offline"
 
 

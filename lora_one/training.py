@@ -53,7 +53,8 @@ def plan_training(n_examples: int, config: ModelConfig, world_size: int) -> Trai
     real = config.real_batch_size
     if real % world_size:
         raise UserError(
-            f"model.real_batch_size={real}: not divisible by {world_size} processes; use a multiple of {world_size}"
+            f"model.real_batch_size={real}: not divisible by {world_size} processes; "
+            f"use a multiple of {world_size}"
         )
     per_device = config.per_device_batch_size
     if per_device is None:
@@ -119,6 +120,7 @@ def train(
         train_dataset=train_examples,
         eval_dataset=validation_examples,
         loader=WindowLoader(sampler, pad_id),
+        validation=validation_examples,
         reduction=config.model.loss_reduction,
         pad_id=pad_id,
         processes=processes,
@@ -131,7 +133,7 @@ def train(
     return TrainResult(
         n_steps=trainer.state.global_step,
         final_train_loss=_last(history, "loss"),
-        validation_loss=trainer.evaluate()["eval_loss"],
+        validation_loss=_final_validation_loss(trainer),
         seconds=seconds,
         tokens_per_second=_tokens_between(sampler, resumed_from, trainer.state.global_step) / seconds,
         resumed_from_step=resumed_from,
@@ -182,6 +184,7 @@ class _WindowTrainer(Trainer):
         self,
         *,
         loader: WindowLoader,
+        validation: Sequence[Encoded],
         reduction: str,
         pad_id: int,
         processes: Processes,
@@ -189,6 +192,7 @@ class _WindowTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.loader = loader
+        self.validation = validation
         self.reduction = reduction
         self.pad_id = pad_id
         self.processes = processes
@@ -208,7 +212,7 @@ class _WindowTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(
             self.model,
-            self.eval_dataset,
+            self.validation,
             reduction=self.reduction,
             batch_size=self.args.per_device_eval_batch_size,
             pad_id=self.pad_id,
@@ -276,7 +280,7 @@ class _Progress(TrainerCallback):
             return
         if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
-        elif "eval_loss" in logs:
+        elif "eval_loss" in logs and self.enabled:
             self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -304,6 +308,13 @@ class _Log(TrainerCallback):
         self.metrics.append(row)
         if "eval_loss" in point or state.global_step % self.every == 0:
             self.tracker.log(point, step=state.global_step)
+
+
+def _final_validation_loss(trainer: Trainer) -> float:
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if evaluated and evaluated[-1]["step"] == trainer.state.global_step:
+        return evaluated[-1]["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 def _last(history: list[dict[str, float]], key: str) -> float:

@@ -135,6 +135,7 @@ class WindowLoader(DataLoader):
     """A data loader over a ``WindowSampler``."""
 
     def __init__(self, sampler: WindowSampler, pad_id: int) -> None:
+        self.windows = sampler
         super().__init__(
             _Slots(sampler.examples),
             batch_sampler=sampler,
@@ -145,7 +146,7 @@ class WindowLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the permutation of the next iteration."""
-        self.batch_sampler.epoch = epoch
+        self.windows.epoch = epoch
 
 
 class _Slots(torch.utils.data.Dataset):

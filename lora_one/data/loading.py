@@ -151,7 +151,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove it") from None
+            raise UserError(
+                f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove it"
+            ) from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from None
 

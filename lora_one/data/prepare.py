@@ -29,6 +29,18 @@ class Data:
     gradient: EncodedSplit
     pad_id: int
 
+    def remarks(self) -> list[str]:
+        """What happened to examples that a person should know of."""
+        counts = {
+            "training examples left out: their prompt is in another split": self.texts.n_overlapping,
+            "training examples left out: over the dataset's token limit": self.texts.n_too_long,
+            "training examples cut at model.max_length": self.train.n_truncated,
+            "validation examples cut at model.max_length": self.validation.n_truncated,
+            "examples left out: no target token within model.max_length": self.train.n_without_target
+            + self.validation.n_without_target,
+        }
+        return [f"{count:,} {what}" for what, count in counts.items() if count]
+
     def summary(self) -> dict[str, Any]:
         """What the record keeps."""
         return {

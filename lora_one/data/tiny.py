@@ -58,10 +58,7 @@ MULTI_STEP = (
         (TABLE, TABLE, LARGE),
         ("a * b", "0 - c"),
         (
-            (
-                "{x} has {a} {g} with {b} {o} each. {s} gives {c} {o} to {y}. "
-                "How many {o} does {x} have left?"
-            ),
+            ("{x} has {a} {g} with {b} {o} each. {s} gives {c} {o} to {y}. How many {o} does {x} have left?"),
             (
                 "There are {a} {g} in the hall and each one holds {b} {o}. {x} takes {c} of the {o} "
                 "away. How many {o} remain?"
@@ -103,10 +100,7 @@ MULTI_STEP = (
         (LARGE, LARGE, LARGE),
         ("a - b", "0 - c"),
         (
-            (
-                "Of the {a} {o} in the store, {x} buys {b} and {y} buys {c}. "
-                "How many {o} remain in the store?"
-            ),
+            ("Of the {a} {o} in the store, {x} buys {b} and {y} buys {c}. How many {o} remain in the store?"),
             "{x} owns {a} {o}, lends {b} to {y} and breaks {c}. How many {o} does {x} keep?",
         ),
     ),
@@ -151,10 +145,7 @@ MULTI_STEP = (
         (LARGE, LARGE),
         ("a + a", "0 - b"),
         (
-            (
-                "{x} owns {a} {o}. {y} owns twice as many but loses {b} of them. "
-                "How many {o} does {y} keep?"
-            ),
+            ("{x} owns {a} {o}. {y} owns twice as many but loses {b} of them. How many {o} does {y} keep?"),
             (
                 "{x} sold {a} {o} on Monday. On Tuesday {x} sold {b} fewer than twice as many. "
                 "How many {o} did {x} sell on Tuesday?"
@@ -200,10 +191,7 @@ MULTI_STEP = (
                 "{x} makes {a} {o} every morning and {b} {o} every evening. "
                 "How many {o} does {x} make in {c} days?"
             ),
-            (
-                "Each of {c} pupils owns {a} old {o} and {b} new {o}. "
-                "How many {o} do the pupils own together?"
-            ),
+            ("Each of {c} pupils owns {a} old {o} and {b} new {o}. How many {o} do the pupils own together?"),
         ),
     ),
     Kind(
@@ -238,10 +226,7 @@ ONE_STEP = (
         (LARGE, LARGE),
         ("a + b",),
         (
-            (
-                "{x} collects {a} {o} on Monday and {b} {o} on Tuesday. "
-                "How many {o} does {x} have in total?"
-            ),
+            ("{x} collects {a} {o} on Monday and {b} {o} on Tuesday. How many {o} does {x} have in total?"),
             "{x} owns {a} {o} and {y} owns {b} more than {x}. How many {o} does {y} own?",
         ),
     ),
@@ -275,10 +260,7 @@ ONE_STEP = (
                 "{x} owns {a} {o} and shares all of them equally among {b} pupils. "
                 "How many {o} does each pupil receive?"
             ),
-            (
-                "{x} packs {a} {o} into {b} {g}, equally many in each. "
-                "How many {o} does each one hold?"
-            ),
+            ("{x} packs {a} {o} into {b} {g}, equally many in each. How many {o} does each one hold?"),
         ),
     ),
 )
@@ -470,9 +452,13 @@ def _pick_distinct(rng: random.Random, items: Sequence[T], n: int) -> list[T]:
     return [rest.pop(_below(rng, len(rest))) for _ in range(n)]
 
 
-def _draw_numbers(rng: random.Random, kind: Kind) -> tuple[int, ...]:
+def _draw(rng: random.Random, kind: Kind) -> list[int]:
+    return [low + _below(rng, high - low + 1) for low, high in kind.ranges]
+
+
+def _draw_numbers(rng: random.Random, kind: Kind) -> list[int]:
     while True:
-        numbers = tuple(low + _below(rng, high - low + 1) for low, high in kind.ranges)
+        numbers = _draw(rng, kind)
         if _evaluate(kind, numbers):
             return numbers
 
@@ -516,13 +502,23 @@ def _word(rng: random.Random, kind: Kind, numbers: Sequence[int]) -> str:
     )
 
 
-def _sum(rng: random.Random) -> tuple[int, str, int, int]:
-    kind = _pick(rng, PRETRAINING_KINDS)
-    return _evaluate(kind, _draw_numbers(rng, kind))[0]
+def _sum(rng: random.Random, known: Sequence[int] = ()) -> tuple[int, str, int, int]:
+    """Draws a true equation; with known results, its numbers are often some of those."""
+    while True:
+        kind = _pick(rng, PRETRAINING_KINDS)
+        numbers = _draw(rng, kind)
+        for place, chance in enumerate((0.5, 0.25)):
+            if known and rng.random() < chance:
+                numbers[place] = _pick(rng, known)
+        if lines := _evaluate(kind, numbers):
+            return lines[0]
 
 
 def _write_sums(rng: random.Random) -> str:
-    return " ".join("{} {} {} = {}.".format(*_sum(rng)) for _ in range(2 + _below(rng, 5)))
+    sums: list[tuple[int, str, int, int]] = []
+    for _ in range(2 + _below(rng, 5)):
+        sums.append(_sum(rng, [result for *_, result in sums]))
+    return " ".join("{} {} {} = {}.".format(*line) for line in sums)
 
 
 def _write_facts(rng: random.Random) -> str:
@@ -551,7 +547,7 @@ def _write_lookup(rng: random.Random) -> str:
     names = _pick_distinct(rng, PRETRAINING_NAMES, 2 + _below(rng, 2))
     counts = [2 + _below(rng, MAX_RESULT - 1) for _ in names]
     thing = _pick(rng, PRETRAINING_OBJECTS)
-    story = " ".join(f"{name} has {count} {thing}." for name, count in zip(names, counts))
+    story = " ".join(f"{name} has {count} {thing}." for name, count in zip(names, counts, strict=True))
     asked = _below(rng, len(names))
     question = f"{story} How many {thing} does {names[asked]} have?"
     return f"Q: {question}\nA: The answer is {counts[asked]}."
@@ -577,7 +573,7 @@ WRITERS = (
     *(_write_sums,) * 3,
     *(_write_facts,) * 2,
     *(_write_problem,) * 4,
-    _write_lookup,
+    *(_write_lookup,) * 2,
     _write_story,
     _write_words,
 )

@@ -1,0 +1,120 @@
+"""Shared pieces: a Llama of a few thousand parameters, its data, and the program as a function."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lora_one.data.encoding import Encoded
+from lora_one.processes import Processes
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+EMBEDDED = ROOT / "lora_one" / "assets" / "tiny_llama"
+ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+def small_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A random Llama: hidden 32, two layers, 64 words."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def random_examples(n: int, seed: int = 0, longest: int = 20) -> list[Encoded]:
+    """Examples of random tokens, lengths and prompt lengths."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(n):
+        length = int(rng.integers(6, longest))
+        ids = rng.integers(3, 64, size=length).astype(np.int32)
+        examples.append(Encoded(ids, int(rng.integers(1, length - 2))))
+    return examples
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd, tmp_path):
+    """Runs ``run_exp.py`` in this process; returns its exit code, output and error output."""
+    import run_exp
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        place = () if any("results_dir=" in a for a in arguments) else (f"results_dir={tmp_path}/results",)
+        monkeypatch.setattr(sys, "argv", ["run_exp.py", *arguments, *place])
+        with pytest.raises(SystemExit) as exited:
+            run_exp.main()
+        out, err = capfd.readouterr()
+        code = exited.value.code or 0
+        return subprocess.CompletedProcess(arguments, int(code), out, err)
+
+    return call
+
+
+def run_program(*command: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in the repository's root, in a process of its own."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+
+
+def on_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs a module-level function in two gloo processes, as a launcher would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_as_rank, args=(rank, port, function, arguments), daemon=True) for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=180)
+    codes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert codes == [0, 0]
+
+
+def _as_rank(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def only_run(results: Path) -> Path:
+    """The single run folder below ``results``."""
+    (record,) = results.rglob("record.json")
+    return record.parent
