@@ -18,9 +18,9 @@ from typing import Any
 
 import hydra
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from huggingface_hub.utils import logging as hub_logging
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed

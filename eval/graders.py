@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal, InvalidOperation
 
-_FINAL = re.compile(r"####\s*([^\n]*)")
+_FINAL = re.compile(r"####([^\n]*)")
 _NUMBER = re.compile(r"-?\$?\s*-?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 

@@ -69,7 +69,7 @@ def _choices(group: str, value: str, conf_dir: Path) -> str:
     valid = sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
     names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
     for name in names:
-        if name not in valid and name != "null":
+        if name not in valid:
             raise UserError(
                 f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}"
             )

@@ -54,7 +54,10 @@ class Row:
             self.settings,
             rate,
             str(len(runs)),
-            spread([metric_value(run, metric) for run in runs], "{:.1%}" if metric != "validation_loss" else "{:.4f}"),
+            spread(
+                [metric_value(run, metric) for run in runs],
+                "{:.1%}" if metric != "validation_loss" else "{:.4f}",
+            ),
             spread([metric_value(run, "validation_loss") for run in runs], "{:.4f}"),
             spread([init_seconds(run) for run in runs], "{:.1f}"),
             spread([run["stages"]["training"]["seconds"] for run in runs], "{:.1f}"),
@@ -123,7 +126,9 @@ def notes(rows: list[Row]) -> list[str]:
         for run in row.unfinished:
             reason = f": {run['error']}" if run.get("error") else ""
             lines.append(f"missing: {row.name} seed {run['seed']} is {run['status']}{reason}")
-        peers = [run for peer in rows if peer.dataset == row.dataset for run in peer.finished + peer.unfinished]
+        peers = [
+            run for peer in rows if peer.dataset == row.dataset for run in peer.finished + peer.unfinished
+        ]
         have = {run["seed"] for run in row.finished + row.unfinished}
         lines += [
             f"missing: {row.name} seed {seed} was not run"
@@ -155,7 +160,10 @@ def spread(values: list[float | None], form: str) -> str:
 def as_text(header: list[str], cells: list[list[str]]) -> str:
     """An aligned table for the terminal."""
     widths = [max(len(row[column]) for row in [header, *cells]) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *cells]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *cells]
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -182,8 +190,12 @@ def plot(rows: list[Row], folders: dict[str, Path], path: Path) -> None:
             continue
         values = [[curve[step] for curve in curves] for step in steps]
         rate = row.finished[0]["config"]["model"]["learning_rate"]
-        (line,) = axis.plot(steps, [mean(at) for at in values], label=f"{row.name}, lr {rate:g}, n = {len(curves)}")
-        axis.fill_between(steps, [min(at) for at in values], [max(at) for at in values], alpha=0.15, color=line.get_color())
+        (line,) = axis.plot(
+            steps, [mean(at) for at in values], label=f"{row.name}, lr {rate:g}, n = {len(curves)}"
+        )
+        axis.fill_between(
+            steps, [min(at) for at in values], [max(at) for at in values], alpha=0.15, color=line.get_color()
+        )
     axis.set(xlabel="optimiser step", ylabel="training loss, smoothed", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
@@ -198,7 +210,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", nargs="?", type=Path, default=Path("results"), help="folder of runs")
     parser.add_argument("--metric", default="test", choices=["test", "test_before", "validation_loss"])
     arguments = parser.parse_args()

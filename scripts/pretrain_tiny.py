@@ -1,7 +1,8 @@
 """python scripts/pretrain_tiny.py
 
-Trains the tokenizer and the small Llama of ``lora_one/assets/tiny_llama`` on generated texts and
-writes them to that folder. TIME
+Trains the tokenizer and the small Llama of ``lora_one/assets/tiny_llama`` on generated texts, writes
+them to that folder and prints what share of new texts the model answers rightly. 13 minutes on two
+CPU cores.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora_one.data.tiny import pretraining_texts, problems  # noqa: E402
+from lora_one.data.tiny import pretraining_texts, problems
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 # A word or a run of signs takes the space that follows it, so that a prompt which ends in a space
@@ -176,6 +177,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
             pad_token_id=tokenizer.pad_token_id,
         )
         model.half().save_pretrained(new)
+        # Half precision is for the size of the file only; the model is to be used in float32.
+        config = LlamaConfig.from_pretrained(new)
+        config.dtype = torch.float32
+        config.save_pretrained(new)
         tokenizer.save_pretrained(new)
         if out.exists():
             out.rename(Path(scratch) / "old")

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Read at import: no test may wait for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +25,6 @@ SHARED = ROOT.parent / "shared"
 EMBEDDED = ROOT / "lora_one" / "assets" / "tiny_llama"
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
 
@@ -95,7 +97,8 @@ def on_two_processes(function: Callable[..., None], *arguments: Any) -> None:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_as_rank, args=(rank, port, function, arguments), daemon=True) for rank in (0, 1)
+        context.Process(target=_as_rank, args=(rank, port, function, arguments), daemon=True)
+        for rank in (0, 1)
     ]
     for worker in workers:
         worker.start()

@@ -81,9 +81,7 @@ def test_touches_nothing_else():
 def test_only_the_targets_take_gradients():
     examples = random_examples(4)
     batches = whole_window(examples, range(4), batch_size=4, reduction="sample", pad_id=0)
-    gradients, _ = accumulate_gradients(
-        small_llama(), TARGETS[:1], examples, batches, 0, torch.device("cpu")
-    )
+    gradients, _ = accumulate_gradients(small_llama(), TARGETS[:1], examples, batches, 0, torch.device("cpu"))
     assert set(gradients) == {TARGETS[0]}
 
 
@@ -129,7 +127,10 @@ def test_sample_is_random_and_seeded():
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"bsz": 11, "iters": 10}, "bsz\\*init.iters=110"), ({"do_subsampling": True, "sub_size": 101}, "sub_size=101")],
+    [
+        ({"bsz": 11, "iters": 10}, "bsz\\*init.iters=110"),
+        ({"do_subsampling": True, "sub_size": 101}, "sub_size=101"),
+    ],
 )
 def test_sample_larger_than_the_data(settings, words):
     with pytest.raises(UserError, match=words + ".*only 100 examples"):
@@ -145,7 +146,9 @@ def test_the_whole_split_announces_its_time(capsys):
     assert "12 examples, expected" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.0, "is zero"), (np.nan, "not finite"), (np.inf, "not finite")])
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "is zero"), (np.nan, "not finite"), (np.inf, "not finite")]
+)
 def test_useless_gradients_name_their_target(value, words):
     with pytest.raises(UserError, match=f"q_proj.*{words}"):
         decompose("q_proj", torch.full((8, 8), value), 4)

@@ -24,11 +24,15 @@ def reference_svd(G_OI: np.ndarray):
 def ours(G_OI: np.ndarray, direction: str, **settings):
     triplets = decompose("layer", torch.tensor(G_OI, dtype=torch.float32), triplets_needed(direction, RANK))
     defaults = {"rank": RANK, "scale": "stable", "gamma": GAMMA, "scaling": SCALING}
-    return init_factors(triplets.U_OK, triplets.S_K, triplets.V_IK, direction=direction, **(defaults | settings))
+    return init_factors(
+        triplets.U_OK, triplets.S_K, triplets.V_IK, direction=direction, **(defaults | settings)
+    )
 
 
 def assert_close(actual: torch.Tensor, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(actual.double().numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        actual.double().numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_lora_one_is_one_rank_r_gradient_step():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.data import tiny
@@ -151,13 +152,14 @@ def test_problems_are_short(tokenizer):
 def test_asset_is_small_and_loads(tokenizer):
     assert sum(path.stat().st_size for path in ASSET.iterdir()) <= 8e6
     model = AutoModelForCausalLM.from_pretrained(ASSET)
+    assert model.dtype == torch.float32
     assert model.config.vocab_size == len(tokenizer)
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 def test_pretrained_model_answers_a_problem_of_its_own_kind(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(ASSET, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(ASSET)
     question = "Tom had 12 apples. Tom lost 5 apples. How many apples were left?"
     inputs = tokenizer(f"Q: {question}\nA: ", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)

@@ -1,0 +1,155 @@
+"""Configuration: every file composes, every spelling works, every mistake gets one line."""
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+
+from lora_one.config import ExperimentConfig, parse_config, result_identity
+from lora_one.errors import UserError
+from lora_one.overrides import named_keys, normalise_overrides
+from lora_one.records import run_id
+
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+REQUIRED = {"model/custom.yaml": ["model.name=some/model"]}
+
+
+def parse(*arguments: str) -> ExperimentConfig:
+    overrides, _ = normalise_overrides(list(arguments), CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return parse_config(compose("config", overrides), named_keys(overrides))
+
+
+def test_number_of_config_files():
+    assert len(FILES) == 21
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_into_the_typed_config(file):
+    choice = [] if len(file.parts) == 1 else [f"{file.parent}={file.stem}"]
+    config = parse(*choice, *REQUIRED.get(str(file), []))
+    assert config.model.name
+    if file.parts[0] == "dataset":
+        assert config.dataset.name == file.stem
+    if file.parts[0] == "experiment":
+        opening = (CONF / file).read_text().splitlines()[1]
+        assert opening == f"# python run_exp.py experiment={file.stem}"
+
+
+@pytest.mark.parametrize(
+    ("published", "plain"),
+    [
+        (["+init=gradient"], ["init=gradient"]),
+        (["+init=default"], ["init=default"]),
+        (["+peft=qv"], ["peft=qv"]),
+        (["++dataset_name=meta_math"], ["dataset=meta_math"]),
+        (["dataset_name=commonsense"], ["dataset=commonsense_reasoning"]),
+        (["++init.weight=stable"], ["init.scale=stable"]),
+        (["++model.saving=true"], ["model.saving=true"]),
+        (["+experiment=tiny_lora"], ["experiment=tiny_lora"]),
+    ],
+)
+def test_published_spellings_mean_the_plain_ones(published, plain):
+    assert parse(*published) == parse(*plain)
+
+
+def test_a_choice_replaces_the_whole_group():
+    assert parse("+init=default").init.model_fields_set == {"mode"}
+    assert parse("+init=default").method == "lora"
+
+
+def test_init_weight_is_mapped_with_a_note():
+    overrides, notes = normalise_overrides(["++init.weight=stable"], CONF)
+    assert overrides == ["++init.scale=stable"]
+    assert "init.weight" in notes[0]
+
+
+def test_flags_come_before_overrides():
+    assert normalise_overrides(["seed=1,2", "-m"], CONF)[0] == ["-m", "++seed=1,2"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model"),
+    [
+        ("tiny", "embedded/tiny_llama"),
+        ("meta_math", "meta-llama/Llama-2-7b-hf"),
+        ("commonsense", "meta-llama/Llama-2-7b-hf"),
+    ],
+)
+def test_a_dataset_names_its_published_model(dataset, model):
+    assert parse(f"dataset={dataset}").model.name == model
+    assert parse(f"dataset={dataset}", "model=tinyllama").model.name == "TinyLlama/TinyLlama_v1.1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["model.lerning_rate=1"],
+            "unknown config key 'model.lerning_rate' .did you mean 'model.learning_rate'",
+        ),
+        (["++seeed=1"], "unknown config key 'seeed' .did you mean 'seed'"),
+        (["model.learning_rate=fast"], "model.learning_rate='fast': input should be a valid number"),
+        (["peft.lora_r=8.5"], "peft.lora_r=8.5: input should be a valid integer"),
+        (["peft.lora_r=0"], "peft.lora_r=0: input should be greater than or equal to 1"),
+        (["model.saving=1"], "model.saving=1: input should be a valid boolean"),
+        (["init.direction=lora-one"], "did you mean 'LoRA-One'"),
+        (["init=gradeint"], "init=gradeint: no such choice .did you mean 'gradient'"),
+        (["dataset_name=meta_maths"], "did you mean 'meta_math'"),
+        (["model=custom"], "model.name: is required"),
+        (["experiment=null"], "experiment=null: no such choice"),
+        (["peft=full_ft", "init=gradient"], "init: full fine-tuning has no adapter"),
+        (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
+        (["init=default", "++init.stable_gamma=4"], "init.stable_gamma: has no effect with init.mode=simple"),
+        (["model.name='a"], "cannot read the override"),
+        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parse(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_full_fine_tuning_ignores_the_default_init():
+    assert parse("peft=full_ft").method == "full-ft"
+    assert run_id(parse("peft=full_ft")) == run_id(parse("peft=full_ft", "init=default"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.saving=true",
+        "eval.limit=3",
+        "wandb.name=x",
+        "model.logging_steps=5",
+        "dry_run=true",
+        "results_dir=y",
+    ],
+)
+def test_outputs_do_not_change_the_run(override):
+    assert run_id(parse(override)) == run_id(parse())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "model.learning_rate=1",
+        "init.stable_gamma=64",
+        "peft.lora_r=4",
+        "model.max_steps=3",
+        "init=default",
+    ],
+)
+def test_what_changes_the_weights_changes_the_run(override):
+    assert run_id(parse(override)) != run_id(parse())
+
+
+def test_identity_ignores_values_equal_to_their_default():
+    assert result_identity(parse("model.weight_decay=0.0")) == result_identity(parse())
+
+
+def test_the_method_of_a_run_is_in_its_name():
+    assert run_id(parse("seed=3")).startswith("tiny-tiny_llama-LoRA-One-s3-")
+    assert run_id(parse("experiment=tiny_lora_ga")).startswith("tiny-tiny_llama-LoRA-GA-s0-")

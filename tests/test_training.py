@@ -1,0 +1,195 @@
+"""Training: the same curve however it is cut, and the same adapter after an interruption."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALONE, on_two_processes, random_examples, small_llama
+from peft import LoraConfig, get_peft_model
+
+from lora_one import training
+from lora_one.config import ExperimentConfig, ModelConfig, WandbConfig
+from lora_one.errors import UserError
+from lora_one.processes import Processes, start_processes
+from lora_one.tracking import Tracker, read_metrics
+
+
+def config(**model) -> ExperimentConfig:
+    settings = {"name": "x", "real_batch_size": 8, "epochs": 2, "learning_rate": 5e-3, "warmup_steps": 2}
+    return ExperimentConfig.model_validate({"dataset": {"name": "tiny"}, "model": settings | model})
+
+
+def adapted_llama(dropout: float = 0.0):
+    model = small_llama()
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout))
+
+
+def fit(folder: Path, settings: ExperimentConfig, model=None, processes: Processes = ALONE):
+    tracker = Tracker(WandbConfig(mode="disabled"), "run", folder, {})
+    model = model or adapted_llama()
+    result = training.train(
+        model,
+        random_examples(44),
+        random_examples(10, seed=1),
+        settings,
+        pad_id=0,
+        processes=processes,
+        folder=folder,
+        tracker=tracker,
+    )
+    return model, result
+
+
+def curve(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+def test_any_micro_batching_gives_the_same_curve(tmp_path):
+    curves = []
+    for size in (1, 4, 8):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        _, result = fit(folder, config(per_device_batch_size=size, learning_rate=0.05))
+        curves.append(curve(folder))
+        assert result.n_steps == 12
+    assert len(curves[0]) == 12
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
+    assert curves[0][-1] < 0.95 * curves[0][0]
+
+
+def fit_as_rank(folder: str) -> None:
+    fit(Path(folder), config(per_device_batch_size=2), processes=start_processes())
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    fit(tmp_path / "one", config(per_device_batch_size=2))
+    on_two_processes(fit_as_rank, str(tmp_path / "two"))
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
+
+
+def test_reported_loss_is_the_window_mean(tmp_path):
+    _, result = fit(tmp_path, config(learning_rate=0.0, per_device_batch_size=2))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    per_epoch = [row["loss"] for row in rows if "loss" in row and row["step"] <= 6]
+    weights = [8, 8, 8, 8, 8, 4]
+    settings = {"reduction": "sample", "batch_size": 5, "pad_id": 0, "processes": ALONE}
+    expected = training.validation_loss(small_llama(), random_examples(44), **settings)
+    assert np.average(per_epoch, weights=weights) == pytest.approx(expected, rel=1e-5)
+    assert result.validation_loss == pytest.approx(
+        training.validation_loss(small_llama(), random_examples(10, seed=1), **settings), rel=1e-6
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    settings = config(save_steps=3)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole, _ = fit(tmp_path / "whole", settings, adapted_llama(dropout=0.3))
+
+    log = training._Log.on_log
+
+    def stop_at_step_8(self, args, state, control, **kwargs):
+        log(self, args, state, control, **kwargs)
+        if state.global_step == 8:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Log, "on_log", stop_at_step_8)
+        with pytest.raises(Interrupted):
+            fit(tmp_path / "cut", settings, adapted_llama(dropout=0.3))
+    assert training.last_checkpoint(tmp_path / "cut").name == "checkpoint-6"
+    torch.manual_seed(123)
+    resumed, result = fit(tmp_path / "cut", settings, adapted_llama(dropout=0.3))
+    assert result.resumed_from_step == 6
+    for (name, one), (_, two) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+    steps = [row["step"] for row in read_metrics(tmp_path / "cut" / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, 13))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_an_unfinished_checkpoint_is_not_resumed(tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    complete = tmp_path / "checkpoints" / "checkpoint-3"
+    complete.mkdir()
+    (complete / "trainer_state.json").write_text("{}")
+    assert training.last_checkpoint(tmp_path) == complete
+
+
+def test_a_metrics_line_cut_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("real", "per_device", "world_size", "expected"),
+    [
+        (32, None, 1, (8, 4)),
+        (32, 1, 1, (1, 32)),
+        (32, 4, 2, (4, 4)),
+        (6, None, 2, (3, 1)),
+        (32, 32, 1, (32, 1)),
+    ],
+)
+def test_plan(real, per_device, world_size, expected):
+    settings = ModelConfig(name="x", real_batch_size=real, per_device_batch_size=per_device)
+    plan = training.plan_training(100, settings, world_size)
+    assert (plan.per_device_batch_size, plan.accumulation_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("real", "per_device", "world_size"), [(32, 5, 1), (32, 8, 3), (10, 4, 2), (3, None, 2)]
+)
+def test_batches_are_never_floored(real, per_device, world_size):
+    settings = ModelConfig(name="x", real_batch_size=real, per_device_batch_size=per_device)
+    with pytest.raises(
+        UserError, match=f"model.real_batch_size={real}: not divisible by {world_size} processes"
+    ):
+        training.plan_training(100, settings, world_size)
+
+
+def test_a_tracker_that_fails_never_stops_a_run(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.CommError("no route\nto host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    tracker = Tracker(WandbConfig(mode="online"), "run", tmp_path, {})
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish({"loss": 1.0})
+    assert "wandb could not start: no route; the run goes on" in capsys.readouterr().out
+
+
+def test_a_tracker_that_fails_later_is_left_alone(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    class Run:
+        def log(self, *_, **__):
+            raise OSError("disk full")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    tracker = Tracker(WandbConfig(mode="offline"), "run", tmp_path, {})
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.log({"loss": 1.0}, step=2)
+    tracker.finish({})
+    assert capsys.readouterr().out.count("wandb could not log: disk full") == 1
+
+
+def test_offline_tracking_needs_no_account(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tracker = Tracker(WandbConfig(), "run", tmp_path, {"seed": 1})
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish({"loss": 1.0})
+    assert list(tmp_path.glob("wandb/offline-run-*"))
