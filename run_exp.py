@@ -52,6 +52,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
     Raises:
         UserError: For bad input.
     """
+    run.save()
     set_seed(config.seed)
     data, loaded = load(config, run)
     tracker = start_tracker(config, run)
@@ -239,6 +240,8 @@ def start(composed: DictConfig) -> None:
     if not config.peft.use_peft:
         processes.say("peft=full_ft: all weights are trained, init is ignored")
     training.plan_training(1, config.model, processes.world_size)
+    if "model.prec_reg" in named_keys(overrides):
+        processes.say("note: model.prec_reg has no effect with AdamW")
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
         return

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -23,10 +23,11 @@ from typing import IO, Any
 import torch
 from omegaconf import OmegaConf
 
+from lora_one import __version__
 from lora_one.config import ExperimentConfig, result_identity
 from lora_one.errors import UserError
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "lora-one")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "numpy")
 
 
 @dataclass
@@ -73,14 +74,14 @@ class RunRecord:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and notes the process's peak memory after it."""
+        """Times a stage and notes the process's peak memory during it."""
+        _reset_peak_memory()
         start = time.perf_counter()
         yield
-        entry = self.stages[name] = {"seconds": round(time.perf_counter() - start, 3)}
-        entry["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = round(time.perf_counter() - start, 3)
+        self.stages[name] = {"seconds": seconds, "peak_resident_bytes": _peak_resident_bytes()}
         if torch.cuda.is_available():
-            entry["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            self.stages[name]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
 
 
 def run_id(config: ExperimentConfig) -> str:
@@ -97,7 +98,7 @@ def new_record(config: ExperimentConfig) -> RunRecord:
         config=config.model_dump(),
         seed=config.seed,
         started=_now(),
-        code=_code_version(),
+        code={"version": __version__, **_code_version()},
         packages=_package_versions(),
         hardware={
             "host": socket.gethostname(),
@@ -176,6 +177,23 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux forgets the high-water mark on request; elsewhere it is that of the whole process so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_resident_bytes() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _now() -> str:

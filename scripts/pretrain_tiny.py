@@ -52,7 +52,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def train_tokenizer(vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer in which every digit is a token of its own."""
+    """Trains a byte-level BPE tokenizer in which every digit is a token of its own.
+
+    It sees the questions of the fine-tuning task as well, so that their words are not cut to pieces.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

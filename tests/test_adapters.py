@@ -154,7 +154,7 @@ def test_stored_start_survives_the_disk(tmp_path):
 
 def test_damaged_start_is_named(tmp_path):
     (tmp_path / "init.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(UserError, match="init.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"init\.safetensors: damaged"):
         adapters.load_init(tmp_path / "init.safetensors")
 
 

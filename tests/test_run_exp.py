@@ -141,6 +141,13 @@ def test_adapter_and_merged_model_are_stock(cli, tmp_path, method, tokenizer):
     assert (folder / "merged" / "tokenizer.json").exists()
 
 
+def test_gradient_checkpointing_changes_nothing(cli, tmp_path):
+    for flag in ("true", "false"):
+        assert cli(*SHORT, f"gradient_checkpointing={flag}").returncode == 0
+    losses = [record_of(path.parent)["metrics"]["validation_loss"] for path in tmp_path.rglob("record.json")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_full_fine_tuning_saves_its_weights(cli, tmp_path):
     done = cli(*SHORT, "peft=full_ft")
     assert done.returncode == 0, done.stderr

@@ -118,6 +118,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
+def test_early_stopping(tmp_path):
+    settings = config(epochs=20, learning_rate=0.0, early_stopping_patience=2)
+    _, result = fit(tmp_path, settings)
+    assert result.n_steps == 3 * 6  # the first validation loss, and two that are no better
+
+
 def test_an_unfinished_checkpoint_is_not_resumed(tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
     complete = tmp_path / "checkpoints" / "checkpoint-3"

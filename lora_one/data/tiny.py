@@ -1,9 +1,10 @@
 """Generated arithmetic word problems, for experiments that run offline on two CPU cores.
 
-The texts come in two families that share no template, no name and no object:
+The problems come in two families that share no template, no name and no object:
 
 * family A feeds the pre-training of the small model in ``lora_one/assets/tiny_llama``: sums, facts,
-  short stories and one-step problems that are answered with "The answer is 17.";
+  short stories and one-step problems that are answered with "The answer is 17."; of family B it
+  shows single words only;
 * family B is the fine-tuning task: problems of two or three steps whose answers are written as in
   GSM8K, one equation per line and then ``#### 42``.
 
