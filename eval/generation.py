@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_one.processes import Processes
+from lora_one.progress import progress_bar
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     model.eval()
     answers: list[tuple[int, str]] = []
     with torch.inference_mode():
-        for batch in tqdm(mine, desc=description, unit="batch", disable=not processes.is_main):
+        for batch in progress_bar(mine, shown=processes.is_main, desc=description, unit="batch"):
             answers += zip(
                 batch, _continue(model, tokenizer, [ids[i] for i in batch], settings, processes), strict=True
             )

@@ -1,7 +1,7 @@
 """The gradient estimate: the mean full fine-tuning gradient of each target, and its singular triplets."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora_one.config import ExperimentConfig, InitConfig
 from lora_one.data.batches import Slot, collate, whole_window
@@ -17,6 +16,7 @@ from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.losses import to_device, weighted_loss
 from lora_one.processes import Processes
+from lora_one.progress import progress_bar
 
 # Above this a full SVD takes minutes a layer; the randomised one is then exact to float32 for the
 # leading triplets that an init reads.
@@ -113,7 +113,7 @@ def estimate_gradient(
     )
     if config.init.do_subsampling is False:
         _announce_whole_split(model, examples, batches, len(indices), pad_id, processes)
-    progress = tqdm(batches, desc="gradient", unit="batch", disable=not processes.is_main)
+    progress = progress_bar(batches, shown=processes.is_main, desc="gradient", unit="batch")
     gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
     for name in targets:
         processes.sum_(gradients[name])
@@ -131,7 +131,7 @@ def accumulate_gradients(
     model: Any,
     targets: Sequence[str],
     examples: Sequence[Encoded],
-    batches: Sequence[list[Slot]] | tqdm,
+    batches: Iterable[list[Slot]],
     pad_id: int,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], float]:

@@ -16,6 +16,7 @@ from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.losses import to_device, weighted_loss
 from lora_one.processes import Processes
+from lora_one.progress import progress_bar
 from lora_one.tracking import MetricsFile, Tracker
 
 _TOKENS_PER_MICRO_BATCH = 8192
@@ -267,9 +268,8 @@ class _Progress(TrainerCallback):
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=self.n_steps, initial=state.global_step, desc="train", unit="step", disable=not self.enabled
-        )
+        start, total = state.global_step, self.n_steps
+        self.bar = progress_bar(shown=self.enabled, total=total, initial=start, desc="train", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
