@@ -62,7 +62,7 @@ class ModelConfig(Section):
     prec_reg: float = Field(1e-6, gt=0, description="damping of the preconditioned optimisers")
     eval_epochs: float = Field(1.0, gt=0, description="epochs between two validation losses")
     early_stopping_patience: int | None = Field(None, ge=1)
-    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: an epoch")
+    save_steps: int = Field(500, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
     saving: bool = Field(False, description="write the merged model too")
 

@@ -117,7 +117,9 @@ def estimate_gradient(
     gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
     for name in targets:
         processes.sum_(gradients[name])
-    triplets = {name: decompose(name, gradients.pop(name), n_triplets) for name in targets}
+    triplets = {
+        name: decompose(name, gradients.pop(name).to(processes.device), n_triplets) for name in targets
+    }
     return GradientEstimate(
         triplets=triplets,
         loss=float(processes.sum_(torch.tensor(loss))),
@@ -153,7 +155,7 @@ def accumulate_gradients(
 
 
 def decompose(name: str, G_OI: Tensor, n_triplets: int) -> Triplets:
-    """Leading singular triplets of a gradient.
+    """Leading singular triplets of a gradient, computed on its device.
 
     The sign is fixed once, here: the entry of largest magnitude in each column of U is positive.
 
@@ -171,13 +173,13 @@ def decompose(name: str, G_OI: Tensor, n_triplets: int) -> Triplets:
         U_OK, S_K, Vt_KI = torch.linalg.svd(G_OI, full_matrices=False)
         V_IK = Vt_KI.T
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[G_OI.device] if G_OI.is_cuda else []):
             torch.manual_seed(0)  # svd_lowrank takes no generator
             U_OK, S_K, V_IK = torch.svd_lowrank(G_OI, q=max(4 * n_triplets, 64), niter=8)
     U_OK, S_K, V_IK = U_OK[:, :n_triplets], S_K[:n_triplets], V_IK[:, :n_triplets]
     largest_K = U_OK.abs().argmax(dim=0)
-    sign_K = U_OK[largest_K, torch.arange(U_OK.shape[1])].sign()
-    return Triplets((U_OK * sign_K).contiguous(), S_K.contiguous(), (V_IK * sign_K).contiguous(), norm)
+    sign_K = U_OK[largest_K, torch.arange(U_OK.shape[1], device=G_OI.device)].sign()
+    return Triplets((U_OK * sign_K).cpu(), S_K.cpu(), (V_IK * sign_K).cpu(), norm)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def plot_run(record: RunRecord, folder: Path) -> None:
     partial.replace(folder / "plot.png")
 
 
-def smoothed(points: list[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
+def smoothed(points: list[tuple[int, float]], weight: float = 0.8) -> list[tuple[int, float]]:
     """Exponential moving average of a curve, corrected for its start."""
     average = norm = 0.0
     result = []

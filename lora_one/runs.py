@@ -77,6 +77,7 @@ class Run:
             if error is None:
                 if not self.is_finished:
                     finish(self.record, self.folder)
+                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # its purpose is served
             elif self._created and isinstance(error, UserError) and not self.has_progress():
                 shutil.rmtree(self.folder, ignore_errors=True)
             elif not self.is_finished:

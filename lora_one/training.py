@@ -246,7 +246,7 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         eval_strategy="steps",
         eval_steps=max(1, round(model.eval_epochs * plan.steps_per_epoch)),
         save_strategy="steps",
-        save_steps=model.save_steps or plan.steps_per_epoch,
+        save_steps=model.save_steps,
         save_total_limit=1,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
