@@ -72,13 +72,12 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
     with run.stage("data"):
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config, tokenizer)
-        run.record.data = data.summary()
-        run.check_same_data()
+        run.note_source("data", data.summary())
     for remark in data.remarks():
         run.processes.say(f"note: {remark}")
     with run.stage("model"):
         loaded = load_model(config, tokenizer, run.processes.device)
-        run.record.model = loaded.summary()
+        run.note_source("model", loaded.summary())
     return data, loaded
 
 

@@ -62,14 +62,18 @@ class Run:
         if self.processes.is_main:
             self.record.write(self.folder)
 
-    def check_same_data(self) -> None:
-        """Raises UserError if an earlier start of this run read other data."""
-        stored = (self.previous or {}).get("data", {}).get("fingerprint")
-        if stored not in (None, self.record.data["fingerprint"]):
+    def note_source(self, what: str, summary: dict[str, Any]) -> None:
+        """Records where data or model came from.
+
+        Raises:
+            UserError: If an earlier start of this run read something else.
+        """
+        stored = (self.previous or {}).get(what, {}).get("fingerprint")
+        if stored not in (None, summary["fingerprint"]):
             raise UserError(
-                f"{self.folder}: the data has changed since this run began; "
-                "restore it, or remove the run folder"
+                f"{self.folder}: the {what} has changed since this run began; restore it, or remove the run folder"
             )
+        setattr(self.record, what, summary)
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the run. Bad input found before anything was made leaves nothing behind."""
@@ -117,6 +121,7 @@ class Run:
             kept = {name: value for name, value in self.previous.items() if name in vars(record)}
             return RunRecord(**{**kept, "config": record.config})
         stored = self.previous
+        record.data, record.model = stored["data"], stored["model"]
         record.stages = {
             name: stored["stages"][name] for name in ("test_before",) if name in stored["stages"]
         }
