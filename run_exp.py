@@ -8,7 +8,9 @@
 after them how a launch begins and ends.
 """
 
+import gc
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -31,19 +33,19 @@ from lora_one import adapters, training
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.errors import UserError
-from lora_one.gradients import GradientEstimate, estimate_gradient
+from lora_one.gradients import GradientEstimate, estimate_gradient, sample_indices
 from lora_one.inits import AdapterInit, init_factors, triplets_needed
 from lora_one.models import LoadedModel, adapter_rank, load_model, load_tokenizer
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
-from lora_one.processes import start_processes
+from lora_one.processes import end_processes, start_processes
 from lora_one.records import write_text
 from lora_one.runs import Run
 from lora_one.tracking import Tracker
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def run_experiment(config: ExperimentConfig, run: Run) -> None:
@@ -52,18 +54,19 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
     Raises:
         UserError: For bad input.
     """
-    run.save()
+    run.begin(config)
     set_seed(config.seed)
     data, loaded = load(config, run)
-    tracker = start_tracker(config, run)
     evaluate("test_before", config, loaded.model, data, loaded, run)
     estimate = estimate_for_init(config, loaded, data, run)
     model, inits = initialise(config, loaded, estimate, data, run)
-    train(config, model, data, tracker, run)
-    export(config, model, inits, loaded, run)
-    evaluate("test", config, model, data, loaded, run)
-    tracker.finish(run.record.figures())
+    with start_tracker(config, run) as tracker:
+        train(config, model, data, tracker, run)
+        export_adapter(config, model, inits, run)
+        evaluate("test", config, model, data, loaded, run)
+        tracker.summarise(run.record.figures())
     if run.processes.is_main:
+        export_merged(config, model, loaded, run)
         plot_run(run.record, run.folder)
 
 
@@ -73,12 +76,23 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config, tokenizer)
         run.note_source("data", data.summary())
-    for remark in data.remarks():
+        check_asked_of_data(config, data)
+    for remark in data.remarks() + training.remarks(
+        len(data.train.examples), config, run.processes.world_size
+    ):
         run.processes.say(f"note: {remark}")
+    if config.eval.task is not None and not data.texts.test:
+        run.processes.say("note: there is no test split, so nothing is tested; give dataset.test_file")
     with run.stage("model"):
         loaded = load_model(config, tokenizer, run.processes.device)
         run.note_source("model", loaded.summary())
     return data, loaded
+
+
+def check_asked_of_data(config: ExperimentConfig, data: Data) -> None:
+    """Raises UserError for what the data cannot give, before any weights are read."""
+    if config.peft.use_peft and config.init.mode == "gradient":
+        sample_indices(len(data.gradient.examples), config.init, config.seed)
 
 
 def evaluate(
@@ -92,6 +106,7 @@ def evaluate(
     with run.stage(name):
         result = evaluate_gsm8k(model, loaded.tokenizer, data.texts.test, config.eval, run.processes, name)
         run.record.metrics[name] = result.summary()
+        run.record.config["eval"] = config.eval.model_dump()
         if run.processes.is_main:
             write_text(run.folder / f"{name}.jsonl", result.samples_jsonl())
     run.processes.say(f"{name}: {result}")
@@ -190,40 +205,45 @@ def train(config: ExperimentConfig, model: Any, data: Data, tracker: Tracker, ru
         run.record.metrics["validation_loss"] = result.validation_loss
 
 
-def export(
-    config: ExperimentConfig, model: Any, inits: dict[str, AdapterInit], loaded: LoadedModel, run: Run
-) -> None:
-    """What others can load: the portable adapter, and the merged model where asked."""
-    if run.processes.is_main:
+def export_adapter(config: ExperimentConfig, model: Any, inits: dict[str, AdapterInit], run: Run) -> None:
+    """The portable adapter: right after training, so that nothing later can lose it."""
+    if config.peft.use_peft and run.processes.is_main:
         with run.stage("export"):
-            if config.peft.use_peft:
-                adapters.export_adapter(model, inits, run.folder / "adapter")
-                if config.model.saving:
-                    adapters.merge_adapter(
-                        loaded, config.model, run.folder / "adapter", run.folder / "merged"
-                    )
-            else:
-                adapters.save_model(model, loaded.tokenizer, run.folder / "merged")
-    run.processes.wait()
+            adapters.export_adapter(model, inits, run.folder / "adapter")
+
+
+def export_merged(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run) -> None:
+    """The whole model: the result of full fine-tuning, or base and adapter in one where asked.
+
+    Last of all, because the other processes have nothing left to wait for.
+    """
+    if config.peft.use_peft and not config.model.saving:
+        return
+    with run.stage("merge"):
+        if config.peft.use_peft:
+            adapters.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
+        else:
+            adapters.save_model(model, loaded.tokenizer, run.folder / "merged")
 
 
 def add_outputs(config: ExperimentConfig, run: Run) -> None:
     """A finished run is left alone; asked for another output, only that is made."""
+    assert run.previous is not None
+    run.check_complete(config)
+    wants_test = config.eval.task is not None and run.previous["config"]["eval"] != config.eval.model_dump()
     wants_merged = config.model.saving and not (run.folder / "merged").exists()
-    wants_test = (
-        config.eval.task is not None and (run.previous or {})["config"]["eval"] != config.eval.model_dump()
-    )
+    wants_test, wants_merged = run.processes.from_main((wants_test, wants_merged))
     if not (wants_merged or wants_test):
         run.processes.say(f"{run.folder}: this run is finished, nothing to do")
         return
     run.processes.say(f"{run.folder}: this run is finished, adding what is new")
     data, loaded = load(config, run)
-    if wants_merged and run.processes.is_main:
-        with run.stage("export"):
-            adapters.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
     if wants_test:
         run.record.metrics.pop("test", None)
         evaluate("test", config, adapters.load_trained(loaded, run.folder), data, loaded, run)
+    if wants_merged and run.processes.is_main:
+        export_merged(config, None, loaded, run)
+    run.processes.say(run.summary())
 
 
 def start(composed: DictConfig) -> None:
@@ -231,14 +251,15 @@ def start(composed: DictConfig) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     config = parse_config(composed, named_keys(overrides))
     processes = start_processes()
-    named_model = "model" in named_keys(overrides)
+    named = named_keys(overrides)
+    is_default = not named & {"model", "model.name", "experiment"}
     origin = (
-        "" if named_model else f" (the model of dataset {config.dataset.name}; choose another with model=…)"
+        f" (the model of dataset {config.dataset.name}; choose another with model=…)" if is_default else ""
     )
     processes.say(f"model {config.model.name}{origin}")
     if not config.peft.use_peft:
         processes.say("peft=full_ft: all weights are trained, init is ignored")
-    training.plan_training(1, config.model, processes.world_size)
+    training.device_batch_size(config.model, processes.world_size)
     if "model.prec_reg" in named_keys(overrides):
         processes.say("note: model.prec_reg has no effect with AdamW")
     if config.dry_run:
@@ -264,22 +285,37 @@ def job(composed: DictConfig, exit_codes: list[int]) -> None:
         start(composed)
         exit_codes.append(0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(str(error))
         exit_codes.append(BAD_INPUT)
     except OSError as error:
-        print(
-            f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "),
-            file=sys.stderr,
-            flush=True,
-        )
+        complain(" ".join(str(part) for part in (error.filename, error.strerror or error) if part))
         exit_codes.append(FAILED)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        complain(f"{type(error).__name__}: {error}{disk_hint(composed)}".splitlines()[0])
         exit_codes.append(FAILED)
+    finally:
+        # The last job's model must be gone before the next one's is loaded.
+        gc.collect()
+        torch.cuda.empty_cache()
     if exit_codes[-1] != 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The other processes may wait for this one: end the whole launch, the sweep can be repeated.
         sys.stdout.flush()
         os._exit(exit_codes[-1])
+
+
+def complain(text: str) -> None:
+    """One line on standard error, with the process's number where there are several."""
+    rank = int(os.environ.get("RANK", "0"))
+    where = f" (process {rank})" if rank else ""
+    print(f"error{where}: {text}", file=sys.stderr, flush=True)
+
+
+def disk_hint(composed: DictConfig) -> str:
+    """Libraries report a full disk in many ways; this one is plain."""
+    folder = Path(composed.results_dir)
+    is_full = folder.exists() and shutil.disk_usage(folder).free < 2**20
+    return f" (the disk of results_dir={folder} is full; make room and start again)" if is_full else ""
 
 
 def main() -> None:
@@ -294,13 +330,17 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         sys.argv[1:], notes = normalise_overrides(sys.argv[1:], CONF_DIR)
-        for note in notes:
+        for note in notes if os.environ.get("RANK", "0") == "0" else []:
             print(f"note: {note}", file=sys.stderr)
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
         launch(lambda composed: job(composed, exit_codes))()
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(" ".join(str(error).split()))
         sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(INTERRUPTED)
+    end_processes()
     failed = sum(code != 0 for code in exit_codes)
     if failed and len(exit_codes) > 1:
         print(f"error: {failed} of {len(exit_codes)} jobs failed", file=sys.stderr)

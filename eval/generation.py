@@ -31,6 +31,8 @@ def generate(
         description: Title of the progress bar.
     """
     ids = tokenizer(prompts)["input_ids"]
+    # Some tokenizers end every text themselves; a prompt has not ended.
+    ids = [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in ids]
     order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[processes.rank :: processes.world_size]

@@ -7,9 +7,7 @@ that nobody else has. Such an adapter is written as the exact difference to the 
 """
 
 import copy
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from lora_one.config import ModelConfig, PeftConfig
 from lora_one.data.batches import collate
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
+from lora_one.files import whole_folder
 from lora_one.inits import AdapterInit
 from lora_one.losses import to_device
 from lora_one.models import LoadedModel, read_weights
@@ -187,7 +186,7 @@ def export_adapter(model: PeftModel, inits: Mapping[str, AdapterInit], folder: P
             key_A, key_B = (f"{_PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
             state[key_A] = torch.cat([state[key_A], -init.A_RI.to(state[key_A])], dim=0)
             state[key_B] = torch.cat([state[key_B], init.B_OR.to(state[key_B])], dim=1)
-    with _whole_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(partial))
 
@@ -209,7 +208,7 @@ def merge_adapter(loaded: LoadedModel, config: ModelConfig, adapter: Path, folde
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a whole model and its tokenizer as a folder that ``from_pretrained`` reads."""
     model.config.use_cache = True
-    with _whole_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
@@ -246,18 +245,3 @@ def _logits(model: PeftModel, probe: Sequence[Encoded], pad_id: int, device: tor
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     model.train(was_training)
     return output.logits[batch["attention_mask"].bool()].float()
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when everything in it has been written."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)

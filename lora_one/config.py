@@ -33,7 +33,7 @@ class DatasetConfig(Section):
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
-    train_size: int | None = Field(None, ge=1, description="keep at most so many shuffled rows")
+    train_size: int | None = Field(None, ge=1, description="keep at most so many rows")
     validation_size: int | None = Field(None, ge=1)
     test_size: int | None = Field(None, ge=1)
     rows: dict[str, int] | None = Field(None, description="known row counts, for the dry run only")
@@ -49,7 +49,7 @@ class ModelConfig(Section):
     shape: dict[str, Any] | None = Field(None, description="Hugging Face config, for the dry run")
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
-    per_device_batch_size: int | None = Field(None, ge=1, description="null: chosen to fit")
+    per_device_batch_size: int | None = Field(None, ge=1, description="null: at most 8192 tokens")
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
     bf16: bool = False
     max_length: int = Field(1024, ge=2)
@@ -61,7 +61,11 @@ class ModelConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     prec_reg: float = Field(1e-6, gt=0, description="damping of the preconditioned optimisers")
     eval_epochs: float = Field(1.0, gt=0, description="epochs between two validation losses")
-    early_stopping_patience: int | None = Field(None, ge=1)
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many validation losses without a new best; keeps the last weights",
+    )
     save_steps: int = Field(500, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
     saving: bool = Field(False, description="write the merged model too")
@@ -148,7 +152,7 @@ class ExperimentConfig(Section):
 _OUTPUT_KEYS: dict[str, set[str]] = {
     "": {"dry_run", "results_dir", "wandb", "eval"},
     "dataset": {"rows"},
-    "model": {"shape", "saving", "save_steps", "logging_steps"},
+    "model": {"shape", "saving", "save_steps", "logging_steps", "prec_reg"},
 }
 
 
@@ -173,6 +177,8 @@ def parse_config(composed: DictConfig, named: frozenset[str] | set[str] = frozen
         key = getattr(error, "full_key", None) or "config"
         reason = "is required, give it a value" if "???" in str(error) or "Missing" in str(error) else ""
         raise UserError(f"{key}: {reason or str(error).splitlines()[0]}") from None
+    if "model.name" in named and isinstance(tree, dict):
+        tree["model"]["shape"] = None  # it is that of the group's own model
     try:
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
@@ -235,14 +241,29 @@ def _is_union_tag(part: int | str) -> bool:
 
 
 def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
-    init = config.init
+    peft, init = config.peft, config.init
     asked = sorted(key for key in named if key == "init" or key.startswith("init."))
-    if not config.peft.use_peft and init.mode == "gradient" and asked:
+    if not peft.use_peft and init.mode == "gradient" and asked:
         raise UserError(
             f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
         )
     idle = sorted(init.model_fields_set - {"mode"})
-    if config.peft.use_peft and init.mode == "simple" and idle:
+    if peft.use_peft and init.mode == "simple" and idle:
+        key = "init.mode=simple" if "init.mode" in named else f"init.{idle[0]}"
         raise UserError(
-            f"init.{idle[0]}: has no effect with init.mode=simple; use init=gradient, or leave it out"
+            f"{key}: gradient settings have no effect with a simple start; use init=default alone"
         )
+    without_effect = {
+        "init.sub_size": (init.do_subsampling is None, "init.do_subsampling=true"),
+        "init.normalize": (init.direction != "LoRA-One", "init.direction=LoRA-One"),
+        "init.stable_gamma": (init.scale != "stable", "init.scale=stable"),
+        "peft.lora_r": (peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
+        **{
+            f"peft.{key}": (not peft.use_peft, "peft=all")
+            for key in PeftConfig.model_fields
+            if key != "use_peft"
+        },
+    }
+    for key, (is_idle, remedy) in without_effect.items():
+        if key in named and is_idle:
+            raise UserError(f"{key}: has no effect here; leave it out, or use {remedy}")

@@ -18,10 +18,12 @@ from lora_one.losses import to_device, weighted_loss
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 
-# Above this a full SVD takes minutes a layer; the randomised one is then exact to float32 for the
-# leading triplets that an init reads.
+# Above this a full SVD takes minutes a layer; the randomised one then finds the leading triplets of a
+# spectrum that decays, as those of gradients do.
 _FULL_SVD_LIMIT = 1024
-_GRADIENT_STREAM = 1  # separates this use of the run's seed from the order of training
+# Seeds of the sample, apart from the (seed, epoch) of the training order.
+_GRADIENT_STREAM = (0, 1)
+_ANNOUNCE_AFTER = 5  # batches
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def sample_indices(n_available: int, config: InitConfig, seed: int) -> list[int]
         wanted, key = config.sub_size, f"init.sub_size={config.sub_size}"
     if wanted > n_available:
         raise UserError(f"{key}: the training split has only {n_available} examples; ask for fewer")
-    return np.random.default_rng([seed, _GRADIENT_STREAM]).permutation(n_available)[:wanted].tolist()
+    return np.random.default_rng([seed, *_GRADIENT_STREAM]).permutation(n_available)[:wanted].tolist()
 
 
 def estimate_gradient(
@@ -86,7 +88,7 @@ def estimate_gradient(
 ) -> GradientEstimate:
     """Estimates the gradient of the training loss at the pretrained weights, exactly and in float32.
 
-    The model runs in eval mode (no dropout). The processes share the sample's batches.
+    The model runs without dropout. The processes share the sample's batches.
 
     Args:
         model: The pretrained model, without adapters.
@@ -111,9 +113,11 @@ def estimate_gradient(
         rank=processes.rank,
         world_size=processes.world_size,
     )
+    progress: Iterable[list[Slot]] = progress_bar(
+        batches, shown=processes.is_main, desc="gradient", unit="batch"
+    )
     if config.init.do_subsampling is False:
-        _announce_whole_split(model, examples, batches, len(indices), pad_id, processes)
-    progress = progress_bar(batches, shown=processes.is_main, desc="gradient", unit="batch")
+        progress = _announced(progress, len(batches), len(indices), processes)
     gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
     for name in targets:
         processes.sum_(gradients[name])
@@ -187,9 +191,9 @@ def _only_target_gradients(
     model: Any, targets: Sequence[str], gradients: dict[str, Tensor]
 ) -> Iterator[None]:
     """Lets only the targets' weights take gradients, and moves each to ``gradients`` as it is made."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    model.eval()
+    _without_dropout(model)
     model.requires_grad_(False)
     handles = []
     for name in targets:
@@ -203,7 +207,17 @@ def _only_target_gradients(
             handle.remove()
         for parameter, flag in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(flag)
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _without_dropout(model: Any) -> None:
+    """Eval mode; with gradient checkpointing, which works in train mode only, just where dropout is."""
+    checkpoints = getattr(model, "is_gradient_checkpointing", False)
+    model.train(checkpoints)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout"):
+            module.eval()
 
 
 def _collect(weight: nn.Parameter, G_OI: Tensor) -> Any:
@@ -216,24 +230,17 @@ def _collect(weight: nn.Parameter, G_OI: Tensor) -> Any:
     return weight.register_post_accumulate_grad_hook(move)
 
 
-def _announce_whole_split(
-    model: Any,
-    examples: Sequence[Encoded],
-    batches: list[list[Slot]],
-    n_examples: int,
-    pad_id: int,
-    processes: Processes,
-) -> None:
-    """Prints how long the gradient of the whole training split will take, from its first batches."""
-    probe = batches[:3]
+def _announced(
+    batches: Iterable[list[Slot]], n_batches: int, n_examples: int, processes: Processes
+) -> Iterator[list[Slot]]:
+    """Passes the batches on, and after a few says how long all of them will take."""
+    measured = min(_ANNOUNCE_AFTER, n_batches)
     start = time.perf_counter()
-    with torch.no_grad():
-        for slots in probe:
-            batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
-            weighted_loss(model, to_device(batch, processes.device))
-    # A backward pass to inputs and weights costs about twice a forward pass.
-    expected = 3 * (time.perf_counter() - start) / max(1, len(probe)) * len(batches)
-    processes.say(
-        f"init.do_subsampling=false: gradient of the whole training split, {n_examples:,} examples, "
-        f"expected {expected / 60:.1f} min"
-    )
+    for number, batch in enumerate(batches):
+        if number == measured:
+            expected = (time.perf_counter() - start) / measured * n_batches / 60
+            processes.say(
+                f"init.do_subsampling=false: gradient of the whole training split, {n_examples:,} examples, "
+                f"expected {expected:.1f} min"
+            )
+        yield batch

@@ -87,7 +87,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads the pretrained model onto ``device`` and finds its target layers.
 
-    Weights are bfloat16 with ``model.bf16``, else float32.
+    Frozen weights are bfloat16 with ``model.bf16``; trained ones, and all without it, float32.
 
     Raises:
         UserError: If the model cannot be read or has no weights, the device has no bfloat16, no
@@ -95,9 +95,10 @@ def load_model(
     """
     source = model_source(config.model.name)
     check_bf16(config.model, device)
-    model = read_weights(config.model, source, torch.bfloat16 if config.model.bf16 else torch.float32).to(
-        device
-    )
+    # Weights that are trained stay in float32: most updates are smaller than bfloat16 can hold.
+    low_precision = config.model.bf16 and config.peft.use_peft
+    model = read_weights(config.model, source, torch.bfloat16 if low_precision else torch.float32)
+    model = model.to(device)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -138,9 +139,12 @@ def target_names(model: Any, config: PeftConfig) -> tuple[str, ...]:
         UserError: If an entry matches no linear layer; the model's are listed.
     """
     layers = linear_layers(model)
-    if config.lora_target_modules == "all":
-        return tuple(layers)
     wanted = config.lora_target_modules
+    if not layers or not wanted:
+        what = "the model has no linear layer" if not layers else "the list is empty; use all, or name layers"
+        raise UserError(f"peft.lora_target_modules: {what}")
+    if wanted == "all":
+        return tuple(layers)
     suffixes = [wanted] if isinstance(wanted, str) else wanted
     for suffix in suffixes:
         if not any(_ends_with(name, suffix) for name in layers):
@@ -170,7 +174,9 @@ def check_rank(model: Any, targets: tuple[str, ...], config: ExperimentConfig) -
     if needed > limit:
         what = f"needs 2r = {needed} directions" if shifts else f"is {rank}"
         most = limit // 2 if shifts else limit
-        raise UserError(f"peft.lora_r={rank}: {what}, but {smallest} has only {limit}; use r <= {most}")
+        raise UserError(
+            f"peft.lora_r={rank}: {what}, but the weight of {smallest} has rank {limit}; use r <= {most}"
+        )
 
 
 def check_bf16(config: ModelConfig, device: torch.device) -> None:

@@ -95,8 +95,16 @@ def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
         splits = load_splits(dataset, lambda texts: [0] * len(texts))
         return {name: len(getattr(splits, name)) for name in _SPLITS}
     known = dataset.rows or {}
-    limits = {name: getattr(dataset, f"{name}_size") or known.get(name, 0) for name in _SPLITS}
-    return {name: min(known[name], limits[name]) if name in known else None for name in _SPLITS}
+    if "train" not in known:
+        return dict.fromkeys(_SPLITS)
+    validation = dataset.validation_size or max(1, known["train"] // 20)
+    train = known["train"] - validation
+    test = known.get("test")
+    return {
+        "train": min(train, dataset.train_size or train),
+        "validation": validation,
+        "test": None if test is None else min(test, dataset.test_size or test),
+    }
 
 
 def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
@@ -115,6 +123,12 @@ def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
 
 def _outputs(config: ExperimentConfig) -> str:
     outputs = ["config.yaml", "record.json", "metrics.jsonl", "plot.png"]
+    if config.eval.task:
+        outputs += ["test_before.jsonl"] * config.eval.before_training + ["test.jsonl"]
+    if config.peft.use_peft and config.init.mode == "gradient":
+        outputs.append("init.safetensors")
+    if config.wandb.mode != "disabled":
+        outputs.append("wandb/")
     if config.peft.use_peft:
         outputs.append("adapter/")
     if config.model.saving or not config.peft.use_peft:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ def start_processes() -> Processes:
     # A previous job of the same sweep may have used another mixed precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     has_accelerator = torch.accelerator.is_available()
-    state = PartialState(cpu=not has_accelerator)
+    # The others wait while the main process writes a merged model: longer than the default allows.
+    state = PartialState(cpu=not has_accelerator, timeout=timedelta(hours=2))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
         raise UserError(
@@ -78,3 +80,10 @@ def start_processes() -> Processes:
             "start with 'accelerate launch --config_file accelerate_config.yaml' or 'torchrun'"
         )
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def end_processes() -> None:
+    """Leaves the launch when every process is ready to."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

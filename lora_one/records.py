@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from omegaconf import OmegaConf
 
 from lora_one import __version__
 from lora_one.config import ExperimentConfig, result_identity
 from lora_one.errors import UserError
+from lora_one.files import write_text
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "numpy")
 
@@ -129,21 +129,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def make_run_folder(config: ExperimentConfig) -> Path:
-    """Creates the run's folder with ``config.yaml``.
-
-    Raises:
-        UserError: If the place cannot be written.
-    """
-    folder = Path(config.results_dir) / run_id(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
-    except OSError as error:
-        raise UserError(f"results_dir={config.results_dir}: cannot write there ({error.strerror})") from None
-    return folder
-
-
 class RunLock:
     """Keeps two programs out of one run folder; the system frees it when its holder dies."""
 
@@ -170,13 +155,6 @@ class RunLock:
     def release(self) -> None:
         """Frees the lock."""
         self._file.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece: after a crash it is the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _reset_peak_memory() -> None:

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lora_one.config import ExperimentConfig
 from lora_one.errors import UserError
+from lora_one.files import write_text
 from lora_one.processes import Processes
-from lora_one.records import RunLock, RunRecord, finish, make_run_folder, new_record, read_record, run_id
+from lora_one.records import RunLock, RunRecord, finish, new_record, read_record, run_id
 
 
 class Run:
@@ -38,11 +41,18 @@ class Run:
         found: tuple[dict[str, Any] | None, bool] = (None, False)
         if processes.is_main:
             self._created = not self.folder.exists()
-            make_run_folder(config)
+            self._make_folder(config.results_dir)
             self._lock = RunLock(self.folder)
             found = (read_record(self.folder), self.init_file.exists())
         self.previous, self.has_init = processes.from_main(found)
         self.record = self._first_record(config)
+
+    def begin(self, config: ExperimentConfig) -> None:
+        """Writes what is known before anything is loaded."""
+        if self.processes.is_main:
+            settings = OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+            write_text(self.folder / "config.yaml", settings)
+        self.save()
 
     @property
     def is_finished(self) -> bool:
@@ -71,7 +81,8 @@ class Run:
         stored = (self.previous or {}).get(what, {}).get("fingerprint")
         if stored not in (None, summary["fingerprint"]):
             raise UserError(
-                f"{self.folder}: the {what} has changed since this run began; restore it, or remove the run folder"
+                f"{self.folder}: the {what} has changed since this run began; "
+                "restore it, or remove the run folder"
             )
         setattr(self.record, what, summary)
 
@@ -89,6 +100,14 @@ class Run:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def check_complete(self, config: ExperimentConfig) -> None:
+        """Raises UserError if a finished run has lost its result."""
+        result = self.folder / ("adapter" if config.peft.use_peft else "merged")
+        if not result.is_dir():
+            raise UserError(
+                f"{result}: the run is finished but this is gone; restore it, or remove {self.folder}"
+            )
 
     def has_progress(self) -> bool:
         """Whether the folder holds anything that took work."""
@@ -112,14 +131,20 @@ class Run:
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
+    def _make_folder(self, results_dir: str) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run.lock").touch()
+        except OSError as error:
+            raise UserError(f"results_dir={results_dir}: cannot write there ({error.strerror})") from None
+
     def _first_record(self, config: ExperimentConfig) -> RunRecord:
         """A new record, or the finished one; keeps what an interrupted start measured for good."""
         record = new_record(config)
         if self.previous is None:
             return record
         if self.is_finished:
-            kept = {name: value for name, value in self.previous.items() if name in vars(record)}
-            return RunRecord(**{**kept, "config": record.config})
+            return RunRecord(**{name: value for name, value in self.previous.items() if name in vars(record)})
         stored = self.previous
         record.data, record.model = stored["data"], stored["model"]
         record.stages = {

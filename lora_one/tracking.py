@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.config import WandbConfig
+from lora_one.files import write_text
 
 
 class MetricsFile:
@@ -14,12 +15,9 @@ class MetricsFile:
     def __init__(self, path: Path, keep_through_step: int = 0) -> None:
         """Opens the file; rows after ``keep_through_step`` belong to steps that are done again."""
         self.path = path
-        kept = (
-            [row for row in read_metrics(path) if row["step"] <= keep_through_step]
-            if keep_through_step
-            else []
-        )
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        kept = [row for row in read_metrics(path) if row["step"] <= keep_through_step]
+        self.kept_seconds: float = kept[-1]["seconds"] if kept else 0.0
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds one row."""
@@ -56,6 +54,8 @@ class Tracker:
                 mode=mode,
                 project=config.project,
                 entity=config.entity,
+                id=run_id,
+                resume="allow",
                 name=config.name or run_id,
                 dir=str(folder),
                 config=settings,
@@ -68,10 +68,16 @@ class Tracker:
         """Sends one point."""
         self._attempt("log", lambda run: run.log(point, step=step))
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Sends the final figures and closes."""
-        self._attempt("log", lambda run: run.summary.update(summary))
-        self._attempt("finish", lambda run: run.finish())
+    def summarise(self, figures: dict[str, float]) -> None:
+        """Sends the final figures."""
+        self._attempt("log", lambda run: run.summary.update(figures))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, error_type: Any, *_: Any) -> None:
+        exit_code = 0 if error_type is None else 1
+        self._attempt("finish", lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
     def _attempt(self, what: str, action: Any) -> None:

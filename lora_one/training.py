@@ -1,19 +1,23 @@
 """Training by Hugging Face's Trainer, on batches and a loss of ours."""
 
+import json
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lora_one.config import ExperimentConfig, ModelConfig
 from lora_one.data.batches import WindowLoader, WindowSampler, collate, whole_window
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
+from lora_one.files import write_text
 from lora_one.losses import to_device, weighted_loss
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
@@ -34,7 +38,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did; ``seconds`` and rates are of this start, not of resumed parts."""
+    """What training did; ``seconds`` of all starts, ``tokens_per_second`` of the last."""
 
     n_steps: int
     final_train_loss: float
@@ -44,8 +48,8 @@ class TrainResult:
     resumed_from_step: int
 
 
-def plan_training(n_examples: int, config: ModelConfig, world_size: int) -> TrainPlan:
-    """Cuts optimiser steps into micro-batches.
+def device_batch_size(config: ModelConfig, world_size: int) -> int:
+    """Examples of one micro-batch: as configured, or as many as ``model.max_length`` lets fit.
 
     Raises:
         UserError: If ``model.real_batch_size`` is no multiple of processes times
@@ -66,11 +70,31 @@ def plan_training(n_examples: int, config: ModelConfig, world_size: int) -> Trai
             f"model.real_batch_size={real}: not divisible by {world_size} processes x "
             f"model.per_device_batch_size={per_device}; change one of them"
         )
+    return per_device
+
+
+def plan_training(n_examples: int, config: ModelConfig, world_size: int) -> TrainPlan:
+    """Cuts the training into optimiser steps, and these into micro-batches; see ``device_batch_size``."""
+    per_device, real = device_batch_size(config, world_size), config.real_batch_size
     steps_per_epoch = -(-n_examples // real)
     n_steps = max(1, round(config.epochs * steps_per_epoch))
     if config.max_steps is not None:
         n_steps = min(n_steps, config.max_steps)
     return TrainPlan(per_device, real // (world_size * per_device), steps_per_epoch, n_steps)
+
+
+def remarks(n_examples: int, config: ExperimentConfig, world_size: int) -> list[str]:
+    """What a person may not expect of the steps to come."""
+    plan, model = plan_training(n_examples, config.model, world_size), config.model
+    lines = []
+    if model.max_steps is not None and plan.n_steps < model.max_steps:
+        lines.append(
+            f"{model.epochs:g} epochs end after {plan.n_steps} steps, "
+            f"before model.max_steps={model.max_steps}"
+        )
+    if model.warmup_steps >= plan.n_steps:
+        lines.append(f"model.warmup_steps={model.warmup_steps} covers all {plan.n_steps} steps")
+    return lines
 
 
 def train(
@@ -106,14 +130,16 @@ def train(
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    checkpoint = last_checkpoint(folder)
+    checkpoint = processes.from_main(last_checkpoint(folder))
     resumed_from = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     callbacks: list[TrainerCallback] = [_Progress(plan.n_steps, processes.is_main)]
+    if config.model.early_stopping_patience is not None:
+        callbacks.append(_EarlyStopping(config.model.early_stopping_patience))
+    seconds_before = 0.0
     if processes.is_main:
         metrics = MetricsFile(folder / "metrics.jsonl", keep_through_step=resumed_from)
+        seconds_before = metrics.kept_seconds
         callbacks.append(_Log(metrics, tracker, config.model.logging_steps))
-    if config.model.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.model.early_stopping_patience))
     trainer = _WindowTrainer(
         model=model,
         args=_arguments(config, plan, folder),
@@ -128,14 +154,22 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done_file = folder / "checkpoints" / "trained.json"
+    if checkpoint is not None and processes.from_main(done_file.exists() or resumed_from >= plan.n_steps):
+        # Interrupted after its last step: the Trainer would take one more.
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if processes.is_main:
+            write_text(done_file, json.dumps({"step": trainer.state.global_step}))
     seconds = time.perf_counter() - start
     history = trainer.state.log_history
     return TrainResult(
         n_steps=trainer.state.global_step,
         final_train_loss=_last(history, "loss"),
         validation_loss=_final_validation_loss(trainer),
-        seconds=seconds,
+        seconds=round(seconds_before + seconds, 3),
         tokens_per_second=_tokens_between(sampler, resumed_from, trainer.state.global_step) / seconds,
         resumed_from_step=resumed_from,
     )
@@ -173,9 +207,38 @@ def validation_loss(
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run; the Trainer writes ``trainer_state.json`` last."""
-    complete = [path.parent for path in (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The newest complete checkpoint of a run; the Trainer writes ``trainer_state.json`` last.
+
+    Raises:
+        UserError: If a file of it is damaged.
+    """
+    states = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    complete = [path.parent for path in states if _is_json(path)]
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    for file in sorted(newest.iterdir()) if newest else []:
+        if not _is_readable(file):
+            raise UserError(f"{file}: damaged; remove the folder {newest} and start again")
+    return newest
+
+
+def _is_readable(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+    if file.suffix in {".pt", ".pth"}:
+        return zipfile.is_zipfile(file)
+    return True
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 class _WindowTrainer(Trainer):
@@ -227,11 +290,11 @@ class _WindowTrainer(Trainer):
 
 def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> TrainingArguments:
     model = config.model
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         use_cpu=not torch.accelerator.is_available(),
         per_device_train_batch_size=plan.per_device_batch_size,
-        per_device_eval_batch_size=max(plan.per_device_batch_size, 8),
+        per_device_eval_batch_size=plan.per_device_batch_size,
         gradient_accumulation_steps=plan.accumulation_steps,
         num_train_epochs=model.epochs,
         max_steps=plan.n_steps,
@@ -248,8 +311,6 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         save_strategy="steps",
         save_steps=model.save_steps,
         save_total_limit=1,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
@@ -257,6 +318,25 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         report_to=[],
         seed=config.seed,
     )
+    # One process uses one device; with several in sight the Trainer would copy the model to all of them.
+    assert arguments.device is not None
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+class _EarlyStopping(TrainerCallback):
+    """Stops after ``patience`` validation losses without a new best.
+
+    It reads the logged history, which checkpoints hold, and so goes on where it was.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+            control.should_training_stop = control.should_save = True
 
 
 class _Progress(TrainerCallback):
@@ -296,7 +376,7 @@ class _Log(TrainerCallback):
         self.metrics = metrics
         self.tracker = tracker
         self.every = every
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - metrics.kept_seconds
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         known = ("loss", "grad_norm", "learning_rate", "eval_loss")

@@ -60,7 +60,7 @@ class Row:
             ),
             spread([metric_value(run, "validation_loss") for run in runs], "{:.4f}"),
             spread([init_seconds(run) for run in runs], "{:.1f}"),
-            spread([run["stages"]["training"]["seconds"] for run in runs], "{:.1f}"),
+            spread([run["training"]["seconds"] for run in runs], "{:.1f}"),
         ]
 
 
@@ -71,7 +71,9 @@ def load_records(root: Path) -> list[tuple[Path, Record]]:
         UserError: If there is none.
     """
     found = [(path.parent, read_record(path.parent)) for path in sorted(root.rglob("record.json"))]
-    records = [(folder, record) for folder, record in found if record is not None]
+    records = list(
+        {record["run_id"]: (folder, record) for folder, record in found if record is not None}.values()
+    )
     if not records:
         raise UserError(f"{root}: no record.json below it; run an experiment, or name another folder")
     return records
@@ -83,19 +85,34 @@ def group(records: list[Record]) -> list[Row]:
     for record in records:
         settings = result_settings(record["config"])
         settings.pop("seed")
+        settings["data"] = record["data"].get("fingerprint")
         groups[json.dumps(settings, sort_keys=True)].append(record)
     labels = distinguishing_settings([runs[0] for runs in groups.values()])
     rows = [
         Row(
-            dataset=runs[0]["config"]["dataset"]["name"],
-            method=runs[0]["method"],
-            settings=label,
-            finished=[run for run in runs if run["status"] == "finished"],
-            unfinished=[run for run in runs if run["status"] != "finished"],
+            dataset=part[0]["config"]["dataset"]["name"],
+            method=part[0]["method"],
+            settings=", ".join(filter(None, (label, test_size))),
+            finished=[run for run in part if run["status"] == "finished"],
+            unfinished=[run for run in part if run["status"] != "finished"],
         )
         for runs, label in zip(groups.values(), labels, strict=True)
+        for test_size, part in by_test_size(runs)
     ]
     return sorted(rows, key=lambda row: (row.dataset, row.method, row.settings))
+
+
+def by_test_size(runs: list[Record]) -> list[tuple[str, list[Record]]]:
+    """Splits runs that were tested on different numbers of problems: those are not averaged."""
+    parts: dict[int | None, list[Record]] = defaultdict(list)
+    unfinished = [run for run in runs if run["status"] != "finished"]
+    for run in runs:
+        if run["status"] == "finished":
+            parts[(run["metrics"].get("test") or {}).get("n")].append(run)
+    if len(parts) <= 1:
+        return [("", runs)]
+    named = [(f"test n={n}", part) for n, part in parts.items()]
+    return [*named, ("", unfinished)] if unfinished else named
 
 
 def distinguishing_settings(records: list[Record]) -> list[str]:

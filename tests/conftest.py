@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lora_one.data.encoding import Encoded
-from lora_one.processes import Processes
+from lora_one.processes import Processes, end_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -115,6 +115,7 @@ def _as_rank(rank: int, port: int, function: Callable[..., None], arguments: tup
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     function(*arguments)
+    end_processes()
 
 
 def only_run(results: Path) -> Path:

@@ -100,8 +100,16 @@ def test_a_dataset_names_its_published_model(dataset, model):
         (["experiment=null"], "experiment=null: no such choice"),
         (["peft=full_ft", "init=gradient"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
-        (["init=default", "++init.stable_gamma=4"], "init.stable_gamma: has no effect with init.mode=simple"),
+        (
+            ["init=default", "++init.stable_gamma=4"],
+            "init.stable_gamma: gradient settings have no effect with a simple start",
+        ),
         (["model.name='a"], "cannot read the override"),
+        (["init.mode=simple"], "init.mode=simple: .*use init=default"),
+        (["init.sub_size=9"], "init.sub_size: has no effect here; .*init.do_subsampling=true"),
+        (["init.scale=gd", "init.stable_gamma=4"], "init.stable_gamma: has no effect here"),
+        (["init.direction=LoRA-GA", "init.normalize=none"], "init.normalize: has no effect here"),
+        (["peft=full_ft", "peft.lora_r=4"], "peft.lora_r: has no effect here; .*peft=all"),
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_examples, small_llama
+from tokenizers.processors import TemplateProcessing
 
 from lora_one.config import DatasetConfig
 from lora_one.data.batches import IGNORED, WindowLoader, WindowSampler, collate, whole_window, window_weights
@@ -68,6 +69,30 @@ def test_training_rows_that_are_in_another_split_are_left_out(tmp_path):
     assert splits.n_overlapping == 10
 
 
+def test_rewritings_of_one_question_never_lie_in_two_splits(tmp_path):
+    rows = [
+        {
+            "query": f"q{i}.{j}",
+            "response": "r",
+            "type": "GSM_Rephrased",
+            "original_question": f"What is {i} + 1?",
+        }
+        for i in range(30)
+        for j in range(4)
+    ]
+    config = DatasetConfig(
+        name="meta_math",
+        train_file=write_jsonl(tmp_path / "train.jsonl", rows),
+        test_file=write_jsonl(tmp_path / "test.jsonl", gsm8k_rows(6)),
+        validation_size=8,
+    )
+    splits = load_splits(config, no_limit)
+    groups = [{example.group for example in part} for part in (splits.train, splits.validation, splits.test)]
+    assert len(splits.validation) == 8
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert len(splits.train) + len(splits.validation) + splits.n_overlapping == 120
+
+
 def test_order_is_shuffled_once_and_the_same_for_everyone(tmp_path):
     file = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(100))
     config = DatasetConfig(name="gsm8k", train_file=file, validation_size=10)
@@ -99,7 +124,9 @@ def test_token_limit_of_the_dataset(tmp_path):
 
 def test_meta_math_target_ends_before_the_answer_line():
     row = {"query": "q", "response": "1 + 1 = 2\n#### 2\nThe answer is: 2", "type": "GSM_AnsAug"}
-    assert SPECS["meta_math"].to_example(row) == Example("Q: q\nA: ", "1 + 1 = 2\n#### 2", row["response"])
+    example = SPECS["meta_math"].to_example({**row, "original_question": "first"})
+    assert example == Example("Q: q\nA: ", "1 + 1 = 2\n#### 2", row["response"], group="Q: first\nA: ")
+    assert SPECS["meta_math"].to_example(row).group == example.prompt
 
 
 @pytest.mark.parametrize(
@@ -108,6 +135,7 @@ def test_meta_math_target_ends_before_the_answer_line():
         ("rows.jsonl", '{"question": "a", "answer": "b"}\n{broken\n', "rows.jsonl, line 2: not valid JSON"),
         ("rows.jsonl", '{"question": "a"}\n', "line 1: no column 'answer'; it has: question"),
         ("rows.jsonl", "[1, 2]\n", "line 1: is a list"),
+        ("rows.jsonl", '{"question": "a", "answer": null}\n', "line 1: column 'answer' is null"),
         ("rows.jsonl", "", "split is empty"),
         ("rows.json", '{"question": "a"}', "holds a dict"),
         ("rows.json", '[{"question": "a",\n "answer" "b"}]', "rows.json, line 2: not valid JSON"),
@@ -123,12 +151,25 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, text, words):
 def test_missing_file_and_unknown_dataset(tmp_path):
     with pytest.raises(UserError, match="no such data file"):
         load_splits(DatasetConfig(name="gsm8k", train_file=str(tmp_path / "none.jsonl")), no_limit)
+    with pytest.raises(UserError, match="is a folder"):
+        load_splits(DatasetConfig(name="gsm8k", train_file=str(tmp_path)), no_limit)
     with pytest.raises(UserError, match="did you mean 'gsm8k'"):
         load_splits(DatasetConfig(name="gsmk8"), no_limit)
 
 
 def test_prompt_is_masked_exactly(tokenizer):
-    example = Example("Q: 1 + 1?\nA: ", "2\n#### 2", "2")
+    example = Example("Q: 1 + 1?\nA: ", "2\n#### 2", "2", "g")
+    (encoded,) = encode_split([example], tokenizer, joiner="", max_length=64, name="x").examples
+    assert tokenizer.decode(encoded.ids[: encoded.n_prompt]) == example.prompt
+    assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == example.target + tokenizer.eos_token
+
+
+def test_a_tokenizer_that_ends_texts_itself(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    example = Example("Q: 1 + 1?\nA: ", "2\n#### 2", "2", "g")
+    assert tokenizer(example.prompt)["input_ids"][-1] == tokenizer.eos_token_id
     (encoded,) = encode_split([example], tokenizer, joiner="", max_length=64, name="x").examples
     assert tokenizer.decode(encoded.ids[: encoded.n_prompt]) == example.prompt
     assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == example.target + tokenizer.eos_token
@@ -136,14 +177,14 @@ def test_prompt_is_masked_exactly(tokenizer):
 
 def test_a_token_across_the_boundary_is_learned(tokenizer):
     # Without a separator, 'ha' + 'ppy' may merge; no character of the target may go unlearned.
-    example = Example("The answ", "er is 4", "4")
+    example = Example("The answ", "er is 4", "4", "g")
     (encoded,) = encode_split([example], tokenizer, joiner="", max_length=64, name="x").examples
     learned = tokenizer.decode(encoded.ids[encoded.n_prompt :])
     assert learned.endswith("er is 4" + tokenizer.eos_token)
 
 
 def test_truncation_is_counted_and_never_leaves_an_example_without_target(tokenizer):
-    examples = [Example("Q: " + "apple " * n + "\nA: ", "4", "4") for n in (1, 30)]
+    examples = [Example("Q: " + "apple " * n + "\nA: ", "4", "4", "g") for n in (1, 30)]
     encoded = encode_split(examples, tokenizer, joiner="", max_length=20, name="train")
     assert (len(encoded.examples), encoded.n_truncated, encoded.n_without_target) == (1, 1, 1)
     with pytest.raises(UserError, match="train split: no example has a target token within 20"):

@@ -63,7 +63,7 @@ def test_batches_generate_what_single_prompts_do(tokenizer):
 
 
 def test_result_counts_right_wrong_and_silent(tokenizer, monkeypatch):
-    examples = [Example(f"Q: {i}\nA: ", "", f"#### {i}") for i in range(4)]
+    examples = [Example(f"Q: {i}\nA: ", "", f"#### {i}", f"{i}") for i in range(4)]
     replies = ["#### 0", "#### 7", "I do not know", "#### 3.0"]
     monkeypatch.setattr("eval.gsm8k.generate", lambda *_, **__: replies)
     result = evaluate_gsm8k(torch.nn.Identity(), tokenizer, examples, EvalConfig(task="gsm8k"), ALONE, "test")
@@ -79,6 +79,6 @@ def test_result_counts_right_wrong_and_silent(tokenizer, monkeypatch):
 
 
 def test_a_reference_without_a_number_is_refused(tokenizer):
-    examples = [Example("Q: 1\nA: ", "", "no number here")]
+    examples = [Example("Q: 1\nA: ", "", "no number here", "g")]
     with pytest.raises(UserError, match="no number after '####' in the answer to 'Q: 1"):
         evaluate_gsm8k(torch.nn.Identity(), tokenizer, examples, EvalConfig(task="gsm8k"), ALONE, "test")

@@ -78,6 +78,21 @@ def test_touches_nothing_else():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_gradient_checkpointing_happens_and_changes_nothing(monkeypatch):
+    examples, calls = random_examples(4), []
+    plain = our_gradients(small_llama(), examples, "sample", 2)
+    model = small_llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.model.layers:
+        checkpoint = layer._gradient_checkpointing_func
+        monkeypatch.setattr(
+            layer, "_gradient_checkpointing_func", lambda *a, f=checkpoint, **k: calls.append(1) or f(*a, **k)
+        )
+    checkpointed = our_gradients(model, examples, "sample", 2)
+    assert len(calls) == 4  # two layers, two batches
+    assert all(torch.allclose(plain[name], checkpointed[name], rtol=1e-4, atol=1e-7) for name in TARGETS)
+
+
 def test_only_the_targets_take_gradients():
     examples = random_examples(4)
     batches = whole_window(examples, range(4), batch_size=4, reduction="sample", pad_id=0)
@@ -121,6 +136,9 @@ def test_sample_is_random_and_seeded():
     assert sample_indices(100, eight, seed=0) == sample_indices(100, eight, seed=0)
     assert sample_indices(100, eight, seed=0) != sample_indices(100, eight, seed=1)
     assert sample_indices(100, eight, seed=0) != list(range(8))
+    for epoch in range(3):  # not the first examples of any training epoch either
+        order = np.random.default_rng([0, epoch]).permutation(100)[:8].tolist()
+        assert sample_indices(100, eight, seed=0) != order
     assert len(sample_indices(100, InitConfig(do_subsampling=True, sub_size=50), seed=0)) == 50
     assert sorted(sample_indices(100, InitConfig(do_subsampling=False), seed=0)) == list(range(100))
 

@@ -95,10 +95,11 @@ def test_random_takes_disjoint_halves_of_the_first_2r():
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1500, 1100)])
 def test_decomposition_matches_float64(shape):
     rng = np.random.default_rng(1)
-    # A spectrum that decays, as those of real gradients do.
-    U = np.linalg.qr(rng.standard_normal((shape[0], 20)))[0]
-    V = np.linalg.qr(rng.standard_normal((shape[1], 20)))[0]
-    S = 2.0 ** -np.arange(20)
+    # Full rank, with a spectrum that decays, as those of real gradients do.
+    rank = min(shape)
+    U = np.linalg.qr(rng.standard_normal((shape[0], rank)))[0]
+    V = np.linalg.qr(rng.standard_normal((shape[1], rank)))[0]
+    S = np.arange(1, rank + 1) ** -0.7
     triplets = decompose("layer", torch.tensor((U * S) @ V.T, dtype=torch.float32), 8)
     reference_U, reference_S, reference_V = reference_svd((U * S) @ V.T)
     np.testing.assert_allclose(triplets.S_K.numpy(), reference_S[:8], rtol=1e-4)

@@ -117,6 +117,36 @@ def test_a_finished_run_makes_only_the_new_output(cli, tmp_path):
     assert test["n"] == 16
 
 
+def test_a_finished_run_that_lost_its_adapter_says_so(cli, tmp_path):
+    cli(*SHORT)
+    shutil.rmtree(only_run(tmp_path) / "adapter")
+    done = cli(*SHORT)
+    assert done.returncode == 2
+    assert "adapter: the run is finished but this is gone" in done.stderr
+
+
+def test_a_new_output_that_fails_is_made_by_the_next_start(cli, tmp_path, monkeypatch):
+    cli(*SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr("run_exp.evaluate_gsm8k", lambda *_: 1 / 0)
+        assert cli(*SHORT, "eval.limit=8").returncode == 1
+    folder = only_run(tmp_path)
+    assert (record_of(folder)["status"], record_of(folder)["metrics"]["test"]["n"]) == ("finished", 16)
+    assert cli(*SHORT, "eval.limit=8").returncode == 0
+    assert record_of(folder)["metrics"]["test"]["n"] == 8
+
+
+def test_full_fine_tuning_keeps_trained_weights_in_float32(cli, tmp_path):
+    assert cli(*SHORT, "peft=full_ft", "model.bf16=true").returncode == 0
+    merged = AutoModelForCausalLM.from_pretrained(only_run(tmp_path) / "merged")
+    assert merged.dtype == torch.float32
+
+
+def test_no_test_split_is_said(cli, math_file):
+    done = cli(*SHORT, "dataset=meta_math", "model=tiny", math_file, "dataset.validation_size=8")
+    assert "note: there is no test split, so nothing is tested" in done.stdout
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -242,6 +272,7 @@ def test_dry_run_of_an_unknown_model_says_so(cli):
         (["model.lerning_rate=1"], "did you mean 'model.learning_rate'"),
         (["peft.lora_r=500"], "peft.lora_r=500: is 500, but"),
         (["init.direction=LoRA-GA", "peft.lora_r=90"], "needs 2r = 180 directions"),
+        (["peft.lora_target_modules=[]"], "peft.lora_target_modules: the list is empty"),
         (["peft.lora_target_modules=[foo]"], "'foo' matches no linear layer; the model has: down_proj"),
         (["dataset.train_file=/none.jsonl"], "/none.jsonl: no such data file"),
         (["model=custom", "model.name=/none"], "model.name=/none: no such folder"),

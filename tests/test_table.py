@@ -13,7 +13,8 @@ from make_table import distinguishing_settings, group, notes, spread
 from lora_one.config import ExperimentConfig
 
 
-def record(seed: int, value: float | None, status: str = "finished", method: str = "lora", **model) -> dict:
+def record(seed: int, value: float | None, status="finished", n=500, data="d", **model) -> dict:
+    method = "lora"
     config = ExperimentConfig.model_validate(
         {
             "dataset": {"name": "tiny"},
@@ -29,8 +30,11 @@ def record(seed: int, value: float | None, status: str = "finished", method: str
         "error": "out of memory" if status == "failed" else None,
         "seed": seed,
         "config": config.model_dump(),
-        "metrics": {"validation_loss": 0.5} | ({"test": {"value": value}} if value is not None else {}),
-        "stages": {"training": {"seconds": 10.0}, "init": {"seconds": 1.0}, "gradient": {"seconds": 2.0}},
+        "metrics": {"validation_loss": 0.5}
+        | ({"test": {"value": value, "n": n}} if value is not None else {}),
+        "stages": {"init": {"seconds": 1.0}, "gradient": {"seconds": 2.0}},
+        "training": {"seconds": 10.0},
+        "data": {"fingerprint": data},
     }
 
 
@@ -41,6 +45,12 @@ def test_seeds_are_averaged_and_nothing_else_is():
     assert cells["0.0002"][5] == "70.0% ± 14.1%"
     assert cells["0.0002"][7] == "3.0 ± 0.0"
     assert cells["0.001"][4:6] == ["1", "50.0%"]
+
+
+def test_other_data_or_test_sizes_are_rows_of_their_own():
+    rows = group([record(0, 0.6), record(1, 0.8, n=16), record(2, 0.7, data="other")])
+    assert [len(row.finished) for row in rows] == [1, 1, 1]
+    assert {"test n=16", "test n=500"} < {row.settings for row in rows}
 
 
 def test_what_is_missing_is_named():

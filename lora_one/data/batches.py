@@ -103,6 +103,10 @@ class WindowSampler(Sampler[list[Slot]]):
         self.world_size = world_size
         self.epoch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the permutation of the next iteration; the Trainer calls this when it resumes."""
+        self.epoch = epoch
+
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one process in one optimiser step."""
@@ -146,7 +150,7 @@ class WindowLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the permutation of the next iteration."""
-        self.windows.epoch = epoch
+        self.windows.set_epoch(epoch)
 
 
 class _Slots(torch.utils.data.Dataset):

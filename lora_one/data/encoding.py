@@ -63,6 +63,8 @@ def encode_split(
         texts = [example.prompt + joiner + example.target for example in chunk]
         rows = tokenizer(texts, return_offsets_mapping=True)
         for example, ids, offsets in zip(chunk, rows["input_ids"], rows["offset_mapping"], strict=True):
+            if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text themselves
+                ids, offsets = ids[:-1], offsets[:-1]
             whole = np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
             n_prompt = sum(end <= len(example.prompt) for _, end in offsets)
             kept = Encoded(whole[:max_length], n_prompt)

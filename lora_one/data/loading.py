@@ -23,10 +23,10 @@ class Splits:
 
     Attributes:
         train: Shuffled once, independently of the run's seed.
-        validation: Disjoint from ``train`` by prompt.
+        validation: Disjoint from ``train`` and ``test`` by the examples' groups.
         test: Empty where the dataset has no test split.
         fingerprint: Hex digest of all texts in order.
-        n_overlapping: Training rows left out because their prompt is in another split.
+        n_overlapping: Training rows left out because their group is in another split.
         n_too_long: Training rows left out by the dataset's token limit.
     """
 
@@ -58,27 +58,34 @@ def load_splits(config: DatasetConfig, count_tokens: Callable[[list[str]], list[
     """
     spec = dataset_spec(config.name)
     test = _split(config, spec, "test", config.test_size)
-    train = _split(config, spec, "train", None)
-    random.Random(_SPLIT_SEED).shuffle(train)
-    validation = _split(config, spec, "validation", config.validation_size)
-    if not validation:
+    rows = _split(config, spec, "train", None)
+    random.Random(_SPLIT_SEED).shuffle(rows)
+    train = _outside(rows, test)
+    validation = _outside(_split(config, spec, "validation", config.validation_size), test)
+    is_carved = not validation
+    if is_carved:
         size = config.validation_size or max(1, len(train) // 20)
-        validation, train = train[:size], train[size:]
-    held_out = {example.prompt for example in validation + test}
-    kept = [example for example in train if example.prompt not in held_out]
-    n_overlapping = len(train) - len(kept)
+        validation, _ = _within_limit(train, spec, size, count_tokens)
+    kept = _outside(train, validation)
     train, n_too_long = _within_limit(kept, spec, config.train_size, count_tokens)
     for name, examples in (("train", train), ("validation", validation)):
         if not examples:
-            raise UserError(f"dataset {config.name}: the {name} split is empty; give it more rows")
+            raise UserError(
+                f"dataset {config.name}: of {len(rows)} rows none is left for the {name} split; give it more rows"
+            )
     return Splits(
         train=tuple(train),
         validation=tuple(validation),
         test=tuple(test),
         fingerprint=_fingerprint(train, validation, test),
-        n_overlapping=n_overlapping,
+        n_overlapping=len(rows) - len(kept) - (len(validation) if is_carved else 0),
         n_too_long=n_too_long,
     )
+
+
+def _outside(examples: list[Example], others: list[Example]) -> list[Example]:
+    groups = {example.group for example in others}
+    return [example for example in examples if example.group not in groups]
 
 
 def _split(config: DatasetConfig, spec: DatasetSpec, split: str, size: int | None) -> list[Example]:
@@ -87,7 +94,7 @@ def _split(config: DatasetConfig, spec: DatasetSpec, split: str, size: int | Non
     examples: list[Example] = []
     if file is not None:
         origin = f"dataset.{split}_file={file}"
-        rows = _read_file(Path(file), reader.columns)
+        rows = _read_file(Path(file), reader)
     elif config.train_file is not None:
         return []  # a local training file is never mixed with splits from elsewhere
     elif spec.generate is not None and spec.generated_rows is not None:
@@ -95,7 +102,7 @@ def _split(config: DatasetConfig, spec: DatasetSpec, split: str, size: int | Non
         rows = iter(spec.generate(split, size or spec.generated_rows[split]))
     elif split in spec.sources:
         origin = spec.sources[split].path
-        rows = _read_hub(spec.sources[split], reader.columns)
+        rows = _read_hub(spec.sources[split], reader)
     else:
         return []
     for row in rows:
@@ -133,15 +140,16 @@ def _within_limit(
     return kept, n_too_long
 
 
-def _read_file(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+def _read_file(path: Path, spec: DatasetSpec) -> Iterator[Row]:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the path of a .jsonl or .json file")
     if not path.is_file():
         raise UserError(f"{path}: no such data file; give the path of a .jsonl or .json file")
     if path.suffix not in {".jsonl", ".json"}:
         raise UserError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; give .jsonl or .json")
     rows = _json_lines(path) if path.suffix == ".jsonl" else _json_array(path)
     for place, row in rows:
-        _check_row(row, columns, f"{path}, {place}")
-        yield {column: _text(row[column]) for column in columns}
+        yield _read_row(row, spec, f"{path}, {place}")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -171,7 +179,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", row
 
 
-def _read_hub(source: HubSource, columns: tuple[str, ...]) -> Iterator[Row]:
+def _read_hub(source: HubSource, spec: DatasetSpec) -> Iterator[Row]:
     import datasets  # slow to import, and not needed for generated or local data
 
     name = source.path if source.config is None else f"{source.path} ({source.config})"
@@ -180,16 +188,21 @@ def _read_hub(source: HubSource, columns: tuple[str, ...]) -> Iterator[Row]:
     except Exception as error:
         raise UserError(f"dataset {name}: {offline_hint(error)}; or give dataset.train_file=…") from error
     for number, row in enumerate(rows, start=1):
-        _check_row(row, columns, f"{name}, row {number}")
-        yield {column: _text(row[column]) for column in columns}
+        yield _read_row(row, spec, f"{name}, row {number}")
 
 
-def _check_row(row: Any, columns: tuple[str, ...], place: str) -> None:
+def _read_row(row: Any, spec: DatasetSpec, place: str) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{place}: is a {type(row).__name__}; expected an object with {', '.join(columns)}")
-    missing = [column for column in columns if row.get(column) is None]
+        raise UserError(
+            f"{place}: is a {type(row).__name__}; expected an object with {', '.join(spec.columns)}"
+        )
+    missing = [column for column in spec.columns if row.get(column) is None]
+    if missing and missing[0] in row:
+        raise UserError(f"{place}: column {missing[0]!r} is null; fill it in, or remove the row")
     if missing:
         raise UserError(f"{place}: no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
+    optional = [column for column in spec.optional_columns if row.get(column) is not None]
+    return {column: _text(row[column]) for column in (*spec.columns, *optional)}
 
 
 def _text(value: Any) -> str:

@@ -32,7 +32,7 @@ class Data:
     def remarks(self) -> list[str]:
         """What happened to examples that a person should know of."""
         counts = {
-            "training examples left out: their prompt is in another split": self.texts.n_overlapping,
+            "training examples left out: they, or what they rewrite, are in another split": self.texts.n_overlapping,
             "training examples left out: over the dataset's token limit": self.texts.n_too_long,
             "training examples cut at model.max_length": self.train.n_truncated,
             "validation examples cut at model.max_length": self.validation.n_truncated,
@@ -52,7 +52,7 @@ class Data:
             },
             "train_tokens": self.train.n_tokens,
             "left_out": {
-                "prompt_in_another_split": self.texts.n_overlapping,
+                "in_another_split": self.texts.n_overlapping,
                 "over_the_token_limit": self.texts.n_too_long,
                 "no_target_token_left": self.train.n_without_target + self.validation.n_without_target,
             },

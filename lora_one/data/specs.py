@@ -19,11 +19,16 @@ ALPACA_PROMPT = (
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the text to learn after it, and the row's own answer for graders."""
+    """A prompt, the text to learn after it, and the row's own answer for graders.
+
+    Examples of one ``group`` never lie in two splits: the prompt itself, or what several prompts are
+    rewritings of.
+    """
 
     prompt: str
     target: str
     answer: str
+    group: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class DatasetSpec:
 
     Attributes:
         columns: Columns that every row must have.
+        optional_columns: Columns that are read where a row has them.
         to_example: Turns a row into an example, or into None where the papers leave the row out.
         sources: Split name to its source on the Hub. A split that is not here is carved from
             ``train`` (validation), or does not exist (test).
@@ -59,22 +65,26 @@ class DatasetSpec:
     joiner: str = " "
     max_tokens: int | None = None
     test: str | None = None
+    optional_columns: tuple[str, ...] = ()
 
 
 def _gsm8k_row(row: Row) -> Example:
-    return Example(MATH_PROMPT.format(row["question"]), row["answer"], row["answer"])
+    prompt = MATH_PROMPT.format(row["question"])
+    return Example(prompt, row["answer"], row["answer"], group=prompt)
 
 
 def _meta_math_row(row: Row) -> Example | None:
     if not row["type"].startswith("GSM"):
         return None
     target = row["response"].split("\nThe answer is")[0]
-    return Example(MATH_PROMPT.format(row["query"]), target, row["response"])
+    original = MATH_PROMPT.format(row.get("original_question", row["query"]))
+    return Example(MATH_PROMPT.format(row["query"]), target, row["response"], group=original)
 
 
 def _commonsense_row(row: Row) -> Example:
     instruction = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    return Example(ALPACA_PROMPT.format(instruction), row["output"], row["answer"])
+    prompt = ALPACA_PROMPT.format(instruction)
+    return Example(prompt, row["output"], row["answer"], group=prompt)
 
 
 def _shuffled_solutions(split: str, n: int) -> list[Row]:
@@ -114,6 +124,7 @@ SPECS: dict[str, DatasetSpec] = {
     ),
     "meta_math": DatasetSpec(
         columns=("query", "response", "type"),
+        optional_columns=("original_question",),
         to_example=_meta_math_row,
         sources={
             "train": HubSource("meta-math/MetaMathQA", "train"),
