@@ -71,7 +71,8 @@ def load_splits(config: DatasetConfig, count_tokens: Callable[[list[str]], list[
     for name, examples in (("train", train), ("validation", validation)):
         if not examples:
             raise UserError(
-                f"dataset {config.name}: of {len(rows)} rows none is left for the {name} split; give it more rows"
+                f"dataset {config.name}: of {len(rows)} rows none is left for the {name} split; "
+                "give it more rows"
             )
     return Splits(
         train=tuple(train),
