@@ -32,7 +32,7 @@ class Data:
     def remarks(self) -> list[str]:
         """What happened to examples that a person should know of."""
         counts = {
-            "training examples left out: in another split, they or what they rewrite": self.texts.n_overlapping,
+            "training examples left out: in another split too, or rewritings": self.texts.n_overlapping,
             "training examples left out: over the dataset's token limit": self.texts.n_too_long,
             "training examples cut at model.max_length": self.train.n_truncated,
             "validation examples cut at model.max_length": self.validation.n_truncated,
