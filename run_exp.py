@@ -9,6 +9,7 @@ after them how a launch begins and ends.
 """
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -29,13 +30,14 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from eval.gsm8k import evaluate_gsm8k
-from lora_one import adapters, training
+from lora_one import portable, training
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.errors import UserError
-from lora_one.gradients import GradientEstimate, estimate_gradient, sample_indices
-from lora_one.inits import AdapterInit, init_factors, triplets_needed
-from lora_one.models import LoadedModel, adapter_rank, load_model, load_tokenizer
+from lora_one.gradients import GradientEstimate, estimate_gradient, gradient_batches, sample_indices
+from lora_one.initialise import probe_logits, start_adapters
+from lora_one.inits import AdapterInit
+from lora_one.models import LoadedModel, adapter_ranks, load_model, load_tokenizer
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
@@ -91,7 +93,7 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
 
 def check_asked_of_data(config: ExperimentConfig, data: Data) -> None:
     """Raises UserError for what the data cannot give, before any weights are read."""
-    if config.peft.use_peft and config.init.mode == "gradient":
+    if config.peft.use_peft and config.init.needs_sample:
         sample_indices(len(data.gradient.examples), config.init, config.seed)
 
 
@@ -125,7 +127,7 @@ def estimate_for_init(
             loaded.targets,
             data.gradient.examples,
             config,
-            n_triplets=triplets_needed(config.init.direction, adapter_rank(loaded.model, config.peft)),
+            ranks=adapter_ranks(loaded.model, loaded.targets, config.peft),
             pad_id=data.pad_id,
             processes=run.processes,
         )
@@ -139,44 +141,24 @@ def initialise(
     """The model to train, and the starts of its adapters where they have ``B A ≠ 0``."""
     if not config.peft.use_peft:
         return loaded.model.requires_grad_(True), {}
+    device, n_examples = run.processes.device, len(data.train.examples)
     with run.stage("init"):
-        rank = adapter_rank(loaded.model, config.peft)
-        model = adapters.add_adapter(loaded, config.peft, rank, config.seed)
-        inits: dict[str, AdapterInit] = {}
-        if run.has_init:
-            inits = adapters.load_init(run.init_file)
-        elif estimate is not None:
-            inits = inits_from_estimate(config, estimate, rank, adapters.scaling(model))
-        if inits:
-            probe = data.validation.examples[:4]
-            report = adapters.apply_init(model, inits, probe, data.pad_id, run.processes.device)
-            run.record.init = asdict(report)
-            inits = adapters.stored_init(model, inits)
-            if run.processes.is_main and not run.has_init:
-                adapters.save_init(inits, run.init_file)
-    return model, inits
-
-
-def inits_from_estimate(
-    config: ExperimentConfig, estimate: GradientEstimate, rank: int, scaling: float
-) -> dict[str, AdapterInit]:
-    """The start of every target, from its gradient's triplets."""
-    generator = torch.Generator().manual_seed(config.seed)
-    return {
-        name: init_factors(
-            triplets.U_OK,
-            triplets.S_K,
-            triplets.V_IK,
-            rank=rank,
-            direction=config.init.direction,
-            scale=config.init.scale,
-            gamma=config.init.stable_gamma,
-            scaling=scaling,
-            normalize=config.init.normalize,
-            generator=generator,
+        model, inits, report = start_adapters(
+            config,
+            loaded,
+            estimates=estimate.layers if estimate else None,
+            stored=portable.load_init(run.init_file) if run.has_init else None,
+            batches=gradient_batches(data.gradient.examples, config, data.pad_id, device),
+            total_steps=training.plan_training(n_examples, config.model, run.processes.world_size).n_steps,
+            probe=lambda model: probe_logits(model, data.validation.examples[:4], data.pad_id, device),
         )
-        for name, triplets in estimate.triplets.items()
-    }
+        if report is not None:
+            run.record.init = asdict(report)
+            if run.processes.is_main and not run.has_init:
+                portable.save_init(inits, run.init_file)
+            for remark in report.remarks():
+                run.processes.say(f"note: {remark}")
+    return model, inits
 
 
 def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
@@ -209,7 +191,7 @@ def export_adapter(config: ExperimentConfig, model: Any, inits: dict[str, Adapte
     """The portable adapter: right after training, so that nothing later can lose it."""
     if config.peft.use_peft and run.processes.is_main:
         with run.stage("export"):
-            adapters.export_adapter(model, inits, run.folder / "adapter")
+            portable.export_adapter(model, inits, run.folder / "adapter")
 
 
 def export_merged(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run) -> None:
@@ -221,9 +203,9 @@ def export_merged(config: ExperimentConfig, model: Any, loaded: LoadedModel, run
         return
     with run.stage("merge"):
         if config.peft.use_peft:
-            adapters.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
+            portable.merge_adapter(loaded, config.model, run.folder / "adapter", run.folder / "merged")
         else:
-            adapters.save_model(model, loaded.tokenizer, run.folder / "merged")
+            portable.save_model(model, loaded.tokenizer, run.folder / "merged")
 
 
 def add_outputs(config: ExperimentConfig, run: Run) -> None:
@@ -240,7 +222,7 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     data, loaded = load(config, run)
     if wants_test:
         run.record.metrics.pop("test", None)
-        evaluate("test", config, adapters.load_trained(loaded, run.folder), data, loaded, run)
+        evaluate("test", config, portable.load_trained(loaded, run.folder), data, loaded, run)
     if wants_merged and run.processes.is_main:
         export_merged(config, None, loaded, run)
     run.processes.say(run.summary())
@@ -323,6 +305,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT 0.21 asks transformers 5 by a name that will go.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     exit_codes: list[int] = []

@@ -6,4 +6,24 @@ gradient, ``B_OR`` and ``A_RI`` are PEFT's ``lora_B`` and ``lora_A``, and an ada
 ``x (W_OI + s · B_OR A_RI)ᵀ`` with ``s = alpha / r``, or ``alpha / √r`` with rsLoRA.
 """
 
+from lora_one.errors import UserError
+from lora_one.library import (
+    LoraConfig,
+    LoraGAConfig,
+    LoraOneConfig,
+    get_peft_model,
+    preprocess_lora_one,
+    preprocess_loraga,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraOneConfig",
+    "UserError",
+    "get_peft_model",
+    "preprocess_lora_one",
+    "preprocess_loraga",
+]

@@ -1,37 +1,28 @@
-"""Adapters: adding them, starting them from factors, and writing what loads anywhere.
+"""Adapters: adding them, and starting them from factors.
 
-This is the only module that edits a model's weights. A start with ``B A ≠ 0`` that keeps the
-model's function takes ``s · B A`` off the base weight, so what is trained is relative to a base
-that nobody else has. Such an adapter is written as the exact difference to the *untouched* base:
-``s (B A - B₀ A₀) = s · [B, B₀] [A; -A₀]``, a plain adapter of rank 2r.
+This is the only module that edits a model's weights. A start with ``B A ≠ 0`` that keeps the model's
+function takes ``s · B A`` off the base: off its weight, or, where that would cost too much precision,
+off its output (``shift="adapter"``), as two more frozen factors.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor, nn
 
-from lora_one.config import ModelConfig, PeftConfig
-from lora_one.data.batches import collate
-from lora_one.data.encoding import Encoded
+from lora_one.config import PeftConfig
 from lora_one.errors import UserError
-from lora_one.files import whole_folder
 from lora_one.inits import AdapterInit
-from lora_one.losses import to_device
-from lora_one.models import LoadedModel, read_weights
+from lora_one.layers import quantisation, read_weight, separate_weight, settle, write_weight
 
-_ADAPTER = "default"
-_PREFIX = "base_model.model."
+ADAPTER = "default"
+PREFIX = "base_model.model."
+_SHIFT = ("lora_one_shift_A", "lora_one_shift_B")
 
 
 @dataclass(frozen=True)
@@ -41,97 +32,201 @@ class InitReport:
     Attributes:
         product_norm: Mean over the targets of ‖s · B₀ A₀‖_F.
         relative_product_norm: Mean over the targets of ‖s · B₀ A₀‖_F / ‖W‖_F.
-        logit_drift: ‖logits after - logits before‖ / ‖logits before‖ on a few validation examples:
-            rounding error where the start keeps the function, the first step with LoRA-One.
-        shifts_base: Whether the base weights were shifted.
+        shift: Where ``s · B₀ A₀`` was taken off: ``weight``, ``adapter``, or None where it was not.
+        weight_drift: Largest ‖W' + s · B₀ A₀ - W‖_F / ‖W‖_F over the shifted targets, W' being the
+            weight as stored: rounding, or re-quantisation.
+        logit_drift: ‖logits after - logits before‖ / ‖logits before‖ on a few examples: rounding
+            where the start keeps the function, the first step with LoRA-One. None without examples.
+        dropout_drift: The same with the adapters' dropout on, where there is one and the base is
+            shifted: dropout acts on the adapter alone, so that the function is kept in eval mode only.
     """
 
     product_norm: float
     relative_product_norm: float
-    logit_drift: float
-    shifts_base: bool
+    shift: str | None
+    weight_drift: float
+    logit_drift: float | None = None
+    dropout_drift: float | None = None
+
+    def remarks(self) -> list[str]:
+        """What a person may not expect of the start."""
+        lines = []
+        if self.dropout_drift is not None:
+            lines.append(
+                "the adapter's dropout does not act on the shifted base: in training the model starts "
+                f"{self.dropout_drift:.1%} away from the pretrained one (relative logits); "
+                "use peft.lora_dropout=0"
+            )
+        if self.weight_drift > 0.01:
+            lines.append(
+                f"storing the shifted weights again changed them by {self.weight_drift:.1%}; "
+                "use init.shift=adapter"
+            )
+        return lines
 
 
-def add_adapter(loaded: LoadedModel, config: PeftConfig, rank: int, seed: int) -> PeftModel:
-    """Adds PEFT's LoRA layers with PEFT's own start (A Kaiming-uniform, B zero), seeded.
-
-    Raises:
-        UserError: If PEFT would adapt other layers than ``loaded.targets``.
-    """
-    lora_config = LoraConfig(
-        task_type="CAUSAL_LM",
+def lora_config(
+    targets: Sequence[str],
+    config: PeftConfig,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    **settings: Any,
+) -> LoraConfig:
+    """PEFT's config of adapters on exactly ``targets``, each with its rank and alpha."""
+    rank, alpha = (_most_common([values[name] for name in targets]) for values in (ranks, alphas))
+    return LoraConfig(
         r=rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT says int, and divides by r
+        lora_alpha=alpha,
+        rank_pattern={f"^{name}": ranks[name] for name in targets if ranks[name] != rank},
+        alpha_pattern={f"^{name}": alphas[name] for name in targets if alphas[name] != alpha},
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in loaded.targets}),
+        use_dora=config.dora,
+        target_modules=list(targets),
+        **settings,
     )
+
+
+def adalora_config(targets: Sequence[str], config: PeftConfig, rank: int, total_steps: int) -> LoraConfig:
+    """AdaLoRA with the schedule of its paper's examples, for ``total_steps`` optimiser steps.
+
+    Every target starts with rank ``⌈1.5 r⌉``; the budget falls to r on average between a tenth and
+    half of the training.
+
+    Raises:
+        UserError: If the training is too short for the schedule.
+    """
+    if total_steps < 10:
+        raise UserError(
+            f"peft.adalora=true: {total_steps} steps are too few for its schedule; use at least 10"
+        )
+    return AdaLoraConfig(
+        target_r=rank,
+        init_r=-(-3 * rank // 2),
+        tinit=total_steps // 10,
+        tfinal=total_steps // 2,
+        deltaT=max(1, total_steps // 100),
+        total_step=total_steps,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=list(targets),
+    )
+
+
+def add_adapter(model: Any, config: LoraConfig, seed: int, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """Adds PEFT's adapters with PEFT's own start (A Kaiming-uniform, B zero), seeded.
+
+    Args:
+        model: The pretrained model.
+        config: Which adapters.
+        seed: Of their start; the global random state is left alone.
+        dtype: Of the adapters' weights; embeddings trained along are always float32.
+
+    Raises:
+        UserError: If PEFT would adapt other layers than the named ones.
+    """
+    wanted = set(config.target_modules or ())
+    settle(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(loaded.model, lora_config)
-    adapted = {name.removeprefix(_PREFIX) for name in _lora_layers(model)}
-    if adapted != set(loaded.targets):
-        odd = min(adapted ^ set(loaded.targets))
-        raise UserError(
-            f"peft.lora_target_modules: ambiguous for {odd}; name the layers by their last part only"
-        )
-    return model
+        adapted = get_peft_model(model, config)
+    found = {name.removeprefix(PREFIX) for name in lora_layers(adapted)}
+    if found != wanted:
+        odd = min(found ^ wanted)
+        raise UserError(f"peft.lora_target_modules: ambiguous for {odd}; name the layers by their full names")
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data = parameter.data.float()
+        elif re.search(r"\.lora_[A-Z]", name):
+            parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
-def scaling(model: PeftModel) -> float:
-    """The adapters' s."""
-    return next(iter(_lora_layers(model).values())).scaling[_ADAPTER]
+def lora_layers(model: PeftModel) -> dict[str, Any]:
+    """PEFT's layers by full name, its own prefix included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def scalings(model: PeftModel, adapter: str = ADAPTER) -> dict[str, float]:
+    """The adapters' s, by full layer name without PEFT's prefix."""
+    return {name.removeprefix(PREFIX): layer.scaling[adapter] for name, layer in lora_layers(model).items()}
+
+
+def weight_reader(model: PeftModel) -> Callable[[str], Tensor]:
+    """A function that reads the base weight (out, in) of a layer, float32."""
+    layers = lora_layers(model)
+    return lambda name: read_weight(layers[PREFIX + name].get_base_layer())
+
+
+@torch.no_grad()
 def apply_init(
     model: PeftModel,
     inits: Mapping[str, AdapterInit],
-    probe: Sequence[Encoded],
-    pad_id: int,
-    device: torch.device,
+    *,
+    shift: str = "auto",
+    adapter: str = ADAPTER,
+    probe: Callable[[], Tensor] | None = None,
 ) -> InitReport:
-    """Writes the factors into the adapters and, where a start asks for it, shifts the base weights.
+    """Writes the factors into the adapters and, where a start asks for it, shifts the base.
 
     The shift is computed in float32 from the factors as stored, after their cast to the adapter's
-    dtype, so that the adapter cancels it as exactly as the base's dtype allows.
+    dtype, so that the adapter cancels it as exactly as the base's dtype allows. The magnitudes of DoRA
+    become the row norms of what the layer now computes with.
 
     Args:
         model: The model with adapters whose B is zero.
         inits: Full layer name (without PEFT's prefix) to its start.
-        probe: A few examples, to see what the start does to the model's function.
-        pad_id: Padding token.
-        device: Of the model.
+        shift: ``weight`` stores ``W - s B₀ A₀`` (quantised again where W is), ``adapter`` leaves W alone
+            and subtracts ``s B₀ A₀ x`` from the layer's output; ``auto`` is ``adapter`` on a
+            quantised base and ``weight`` elsewhere.
+        adapter: Name of the adapter.
+        probe: Computes logits of the model, to see what the start does to its function.
+
+    Raises:
+        UserError: If the shift cannot be kept in the adapter (DoRA).
     """
-    before = _logits(model, probe, pad_id, device)
-    norms: list[float] = []
-    ratios: list[float] = []
-    layers = _lora_layers(model)
+    before = probe() if probe else None
+    layers = lora_layers(model)
+    norms, ratios, drifts = [], [], [0.0]
+    places: set[str] = set()
     for name, init in inits.items():
-        layer = layers[_PREFIX + name]
-        weight = layer.get_base_layer().weight
-        with torch.no_grad():
-            layer.lora_A[_ADAPTER].weight.copy_(init.A_RI)
-            layer.lora_B[_ADAPTER].weight.copy_(init.B_OR)
-            product_OI = _product(layer)
-            norms.append(product_OI.norm().item())
-            ratios.append(norms[-1] / weight.float().norm().item())
-            if init.shifts_base:
-                weight.copy_(weight.float() - product_OI)
-    after = _logits(model, probe, pad_id, device)
+        layer = layers[PREFIX + name]
+        base = layer.get_base_layer()
+        layer.lora_A[adapter].weight.copy_(init.A_RI)
+        layer.lora_B[adapter].weight.copy_(init.B_OR)
+        W_OI, product_OI = read_weight(base), _product(layer, adapter)
+        norms.append(product_OI.norm().item())
+        ratios.append(norms[-1] / W_OI.norm().item())
+        if init.shifts_base:
+            places.add(_shift(model, name, layer, W_OI - product_OI, shift, adapter))
+            if shift_place(base, shift) == "weight":
+                drifts.append(_relative(read_weight(base) + product_OI, W_OI))
+        if adapter in getattr(layer, "lora_magnitude_vector", {}):
+            rows_O = torch.linalg.norm(read_weight(base) + product_OI, dim=1)
+            magnitude = layer.lora_magnitude_vector[adapter].weight
+            magnitude.copy_(rows_O.view_as(magnitude))
+    after = probe() if probe else None
+    dropped = None
+    if probe and places and _has_dropout(model, adapter):
+        dropped = _relative(_with_dropout(model, adapter, probe), before)
     return InitReport(
         product_norm=sum(norms) / len(norms),
         relative_product_norm=sum(ratios) / len(ratios),
-        logit_drift=((after - before).norm() / before.norm()).item(),
-        shifts_base=any(init.shifts_base for init in inits.values()),
+        shift="/".join(sorted(places)) or None,
+        weight_drift=max(drifts),
+        logit_drift=None if after is None else _relative(after, before),
+        dropout_drift=dropped,
     )
 
 
-def stored_init(model: PeftModel, inits: Mapping[str, AdapterInit]) -> dict[str, AdapterInit]:
+def stored_init(
+    model: PeftModel, inits: Mapping[str, AdapterInit], adapter: str = ADAPTER
+) -> dict[str, AdapterInit]:
     """The starts as the adapters hold them now, after their cast to the adapter's dtype."""
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
 
     def factor(kind: str, name: str) -> Tensor:
-        return getattr(layers[_PREFIX + name], kind)[_ADAPTER].weight.detach().cpu().clone()
+        return getattr(layers[PREFIX + name], kind)[adapter].weight.detach().cpu().clone()
 
     return {
         name: AdapterInit(factor("lora_A", name), factor("lora_B", name), init.shifts_base)
@@ -139,109 +234,74 @@ def stored_init(model: PeftModel, inits: Mapping[str, AdapterInit]) -> dict[str,
     }
 
 
-def save_init(inits: Mapping[str, AdapterInit], path: Path) -> None:
-    """Keeps stored starts: a resumed run needs the same ones to the bit."""
-    tensors = {f"{name}.A_RI": init.A_RI for name, init in inits.items()}
-    tensors |= {f"{name}.B_OR": init.B_OR for name, init in inits.items()}
-    shifts = any(init.shifts_base for init in inits.values())
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"shifts_base": str(shifts)})
-    partial.replace(path)
+def shift_place(base: nn.Module, shift: str) -> str:
+    """Where the shift of a layer goes with ``shift``: ``weight`` or ``adapter``."""
+    if shift == "auto":
+        return "adapter" if quantisation(base) else "weight"
+    return shift
 
 
-def load_init(path: Path) -> dict[str, AdapterInit]:
-    """Reads what ``save_init`` wrote.
+def keeps_shift_in_adapter(model: PeftModel) -> bool:
+    """Whether some layer subtracts its first adapter from its output."""
+    return any(hasattr(module, _SHIFT[0]) for module in model.modules())
 
-    Raises:
-        UserError: If the file is damaged.
-    """
+
+def _shift(model: PeftModel, name: str, layer: Any, shifted_OI: Tensor, shift: str, adapter: str) -> str:
+    base = layer.get_base_layer()
+    place = shift_place(base, shift)
+    if place == "weight":
+        separate_weight(model, base)
+        write_weight(base, shifted_OI)
+        return place
+    if adapter in getattr(layer, "lora_magnitude_vector", {}):
+        raise UserError(
+            f"{name}: DoRA needs the norm of the shifted weight, so the shift cannot be kept in the adapter; "
+            "use shift=weight, or direction LoRA-One, which shifts nothing"
+        )
+    for buffer, factor in zip(_SHIFT, (layer.lora_A, layer.lora_B), strict=True):
+        base.register_buffer(buffer, factor[adapter].weight.detach().clone(), persistent=False)
+    scaling = layer.scaling[adapter]
+
+    def subtract(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        A_RI, B_OR = (getattr(module, buffer) for buffer in _SHIFT)
+        return output - (scaling * (inputs[0].to(A_RI.dtype) @ A_RI.T @ B_OR.T)).to(output.dtype)
+
+    base.register_forward_hook(subtract)
+    return place
+
+
+def _product(layer: Any, adapter: str = ADAPTER) -> Tensor:
+    A_RI = layer.lora_A[adapter].weight.float()
+    B_OR = layer.lora_B[adapter].weight.float()
+    return layer.scaling[adapter] * (B_OR @ A_RI)
+
+
+def _relative(actual: Tensor, expected: Tensor | None) -> float:
+    assert expected is not None
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def _has_dropout(model: PeftModel, adapter: str) -> bool:
+    return any(isinstance(layer.lora_dropout[adapter], nn.Dropout) for layer in lora_layers(model).values())
+
+
+def _with_dropout(model: PeftModel, adapter: str, probe: Callable[[], Tensor]) -> Tensor:
+    """What ``probe`` gives with the adapters' dropout on and all else in eval mode."""
+
+    def drop(module: nn.Dropout, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        return nn.functional.dropout(inputs[0], module.p, training=True)
+
+    handles = [
+        layer.lora_dropout[adapter].register_forward_hook(drop) for layer in lora_layers(model).values()
+    ]
     try:
-        with safe_open(path, framework="pt") as file:
-            shifts = file.metadata()["shifts_base"] == "True"
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove the run folder and start again") from None
-    names = [key.removesuffix(".A_RI") for key in tensors if key.endswith(".A_RI")]
-    return {name: AdapterInit(tensors[f"{name}.A_RI"], tensors[f"{name}.B_OR"], shifts) for name in names}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return probe()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def export_adapter(model: PeftModel, inits: Mapping[str, AdapterInit], folder: Path) -> None:
-    """Writes the adapter so that stock PEFT loads it onto the untouched base model.
-
-    Args:
-        model: The trained model.
-        inits: The stored starts; empty for a start with ``B = 0``.
-        folder: Created whole or not at all.
-    """
-    state = {
-        key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(model).items()
-    }
-    config: Any = copy.deepcopy(model.peft_config[_ADAPTER])
-    config.inference_mode = True
-    if any(init.shifts_base for init in inits.values()):
-        config.r = 2 * config.r
-        config.lora_alpha = scaling(model) * config.r
-        config.use_rslora = False
-        for name, init in inits.items():
-            key_A, key_B = (f"{_PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
-            state[key_A] = torch.cat([state[key_A], -init.A_RI.to(state[key_A])], dim=0)
-            state[key_B] = torch.cat([state[key_B], init.B_OR.to(state[key_B])], dim=1)
-    with whole_folder(folder) as partial:
-        save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(partial))
-
-
-def merge_adapter(loaded: LoadedModel, config: ModelConfig, adapter: Path, folder: Path) -> None:
-    """Writes the untouched base model with exactly this adapter merged in, computed in float32.
-
-    Args:
-        loaded: Where the base model came from, and its tokenizer.
-        config: ``bf16`` is the dtype of the written weights.
-        adapter: A portable adapter folder.
-        folder: Created whole or not at all.
-    """
-    base = read_weights(config, loaded.source, torch.float32)
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    save_model(merged.to(torch.bfloat16) if config.bf16 else merged, loaded.tokenizer, folder)
-
-
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a whole model and its tokenizer as a folder that ``from_pretrained`` reads."""
-    model.config.use_cache = True
-    with whole_folder(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-
-
-def load_trained(loaded: LoadedModel, run_folder: Path) -> Any:
-    """The trained model of a finished run: its adapter on the untouched base, or its own weights.
-
-    Raises:
-        UserError: If the run folder holds neither.
-    """
-    if (run_folder / "adapter").is_dir():
-        return PeftModel.from_pretrained(loaded.model, str(run_folder / "adapter"))
-    if not (run_folder / "merged").is_dir():
-        raise UserError(f"{run_folder}: holds neither adapter/ nor merged/; remove it to run again")
-    model = AutoModelForCausalLM.from_pretrained(str(run_folder / "merged"), dtype=loaded.model.dtype)
-    return model.to(loaded.model.device)
-
-
-def _lora_layers(model: PeftModel) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def _product(layer: Any) -> Tensor:
-    A_RI = layer.lora_A[_ADAPTER].weight.float()
-    B_OR = layer.lora_B[_ADAPTER].weight.float()
-    return layer.scaling[_ADAPTER] * (B_OR @ A_RI)
-
-
-@torch.no_grad()
-def _logits(model: PeftModel, probe: Sequence[Encoded], pad_id: int, device: torch.device) -> Tensor:
-    batch = to_device(collate([(example, 0.0) for example in probe], pad_id), device)
-    was_training = model.training
-    model.eval()
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    model.train(was_training)
-    return output.logits[batch["attention_mask"].bool()].float()
+def _most_common(values: list[Any]) -> Any:
+    return max(values, key=values.count)

@@ -14,10 +14,30 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from lora_one.errors import UserError, nearest
+from lora_one.starts import GradientStart
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Direction = Literal["LoRA-One", "LoRA-GA", "ArB2r", "A2rBr", "ArBr", "random"]
-Scale = Literal["stable", "gd", "unit"]
+Scale = Literal["default", "stable", "gd", "gd_scale", "unit", "weightS", "weight_svd", "normalized"]
+Factor = Literal["kaiming", "zeros", "gaussian", "fan_out_kaiming", "xavier", "unit", "orthogonal"]
+InitMode = Literal["simple", "svd", "gradient", "pissa", "olora", "eva", "corda", "peft_lora_ga"]
+# The modes that look at a sample of the training split before training.
+SAMPLE_MODES = ("gradient", "eva", "corda", "peft_lora_ga")
+_SVD_SCALES = ("default", "stable", "unit", "normalized")
+_GRADIENT_SCALES = ("stable", "gd", "gd_scale", "unit", "weightS", "weight_svd")
+_SAMPLE_KEYS = {"bsz", "iters", "max_length", "do_subsampling", "sub_size"}
+_OWN_START_KEYS = {"dtype", "shift"}
+# What each mode reads; any other key of ``init`` would have no effect.
+_MODE_KEYS: dict[str, set[str]] = {
+    "simple": {"lora_A", "lora_B", "lora_A_std", "lora_B_std", "norm_clip"},
+    "svd": {"scale", "stable_gamma", "norm_clip"},
+    "gradient": {"direction", "scale", "stable_gamma", "normalize", "objective", "norm_clip", *_SAMPLE_KEYS},
+    "pissa": set(),
+    "olora": set(),
+    "eva": {"eva_rho", *_SAMPLE_KEYS},
+    "corda": {"corda_method", *_SAMPLE_KEYS},
+    "peft_lora_ga": {"direction", "scale", "stable_gamma", *_SAMPLE_KEYS},
+}
 
 
 class Section(BaseModel):
@@ -52,6 +72,7 @@ class ModelConfig(Section):
     per_device_batch_size: int | None = Field(None, ge=1, description="null: at most 8192 tokens")
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
     bf16: bool = False
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes; 4bit is NF4")
     max_length: int = Field(1024, ge=2)
     loss_reduction: Literal["sample", "token"] = "sample"
     learning_rate: float = Field(2e-4, ge=0)
@@ -77,20 +98,45 @@ class PeftConfig(Section):
     use_peft: bool = True
     lora_r: int = Field(8, ge=1)
     lora_relative_r: float | None = Field(None, gt=0, le=1, description="rank / hidden size")
-    lora_target_modules: str | list[str] = "all"
+    lora_target_modules: str | list[str] = Field(
+        "all", description="all, ends of layer names, or a regular expression of whole names"
+    )
+    lora_exclude_modules: str | list[str] | None = Field(None, description="taken away from the targets")
+    layers_to_transform: int | list[int] | None = Field(None, description="numbers of the blocks to adapt")
+    rank_pattern: dict[str, int] = Field({}, description="regular expression of layer names: their rank")
+    alpha_pattern: dict[str, float] = Field({}, description="the same for lora_alpha")
+    train_embeddings: bool = Field(False, description="train embeddings and output head too, in full")
     use_rslora: bool = True
+    use_loraplus: bool = Field(False, description="learn lora_B faster than lora_A")
+    loraplus_lr_ratio: float = Field(16.0, ge=1, description="rate of lora_B / rate of lora_A")
     lora_alpha: float = Field(16, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    dora: bool = False
+    adalora: bool = False
 
 
 class InitConfig(Section):
     """How the adapter starts."""
 
-    mode: Literal["simple", "gradient"] = "gradient"
+    mode: InitMode = "gradient"
+    lora_A: Factor = Field("kaiming", description="simple: the start of A")
+    lora_B: Factor = Field("zeros", description="simple: the start of B")
+    lora_A_std: float = Field(0.01, gt=0, description="standard deviation of a gaussian A")
+    lora_B_std: float = Field(0.01, gt=0, description="standard deviation of a gaussian B")
     direction: Direction = "LoRA-One"
     scale: Scale = "stable"
     stable_gamma: float = Field(128, gt=0)
     normalize: Literal["spectral", "none"] = "spectral"
+    objective: Literal["gradient", "sign", "adam"] = Field(
+        "gradient", description="decompose G, decompose sign(G), or fit Adam's first step"
+    )
+    norm_clip: bool = Field(False, description="no entry of s·B·A above the largest of W")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the adapter's weights")
+    shift: Literal["auto", "weight", "adapter"] = Field(
+        "auto", description="where s·B₀A₀ is taken off the base; auto: adapter on a quantised base"
+    )
+    eva_rho: float = Field(2.0, ge=1, description="EVA: a layer's largest rank / lora_r")
+    corda_method: Literal["ipm", "kpm"] = "kpm"
     bsz: int = Field(1, ge=1, description="examples per gradient batch")
     iters: int = Field(8, ge=1, description="gradient batches")
     max_length: int | None = Field(None, ge=2, description="null: model.max_length")
@@ -98,6 +144,16 @@ class InitConfig(Section):
         None, description="true: sub_size examples; false: the whole training split; null: bsz*iters"
     )
     sub_size: int = Field(100_000, ge=1)
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the adapter starts as in LoRA itself: A Kaiming-uniform, B zero."""
+        return self.mode == "simple" and (self.lora_A, self.lora_B) == ("kaiming", "zeros")
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether the start looks at training examples."""
+        return self.mode in SAMPLE_MODES
 
 
 class EvalConfig(Section):
@@ -135,12 +191,37 @@ class ExperimentConfig(Section):
 
     @property
     def method(self) -> str:
-        """Short name of what is compared: ``full-ft``, ``lora``, ``LoRA-One``, ``LoRA-GA``, …"""
+        """Short name of what is compared: ``full-ft``, ``lora``, ``LoRA-One``, ``LoRA-GA+dora``, …"""
         if not self.peft.use_peft:
             return "full-ft"
-        if self.init.mode == "simple":
+        extras = [name for name in ("dora", "adalora") if getattr(self.peft, name)]
+        extras += ["loraplus"] * self.peft.use_loraplus
+        start = self._start_name()
+        return "+".join(extras if start == "lora" and extras else [start, *extras])
+
+    def gradient_start(self) -> GradientStart:
+        """The settings of ``init.mode=gradient``."""
+        init = self.init
+        return GradientStart(
+            direction=init.direction,
+            scale=init.scale,
+            gamma=init.stable_gamma,
+            normalize=init.normalize,
+            objective=init.objective,
+            norm_clip=init.norm_clip,
+            seed=self.seed,
+        )
+
+    def _start_name(self) -> str:
+        init = self.init
+        if init.is_plain_lora:
             return "lora"
-        return "LoRA-GA" if self.init.direction == "ArB2r" else self.init.direction
+        if init.mode == "simple":
+            return f"{init.lora_A}-{init.lora_B}"
+        if init.mode != "gradient":
+            return init.mode
+        name = "LoRA-GA" if init.direction == "ArB2r" else init.direction
+        return name if init.objective == "gradient" else f"{name}-{init.objective}"
 
     @property
     def gradient_max_length(self) -> int:
@@ -243,21 +324,69 @@ def _is_union_tag(part: int | str) -> bool:
 def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
     peft, init = config.peft, config.init
     asked = sorted(key for key in named if key == "init" or key.startswith("init."))
-    if not peft.use_peft and init.mode == "gradient" and asked:
+    if not peft.use_peft and init.mode != "simple" and asked:
         raise UserError(
             f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
         )
-    idle = sorted(init.model_fields_set - {"mode"})
-    if peft.use_peft and init.mode == "simple" and idle:
-        key = "init.mode=simple" if "init.mode" in named else f"init.{idle[0]}"
+    if peft.use_peft:
+        _check_mode(init, named)
+        _check_scale(init)
+        _check_adapter(peft, init)
+        conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
+        if conflict is not None:
+            raise UserError(f"init.{conflict[0]}={getattr(init, conflict[0])}: {conflict[1]}")
+    if config.model.quantization and not peft.use_peft:
+        raise UserError("model.quantization: quantised weights cannot be trained; use peft=all")
+    _check_effects(config, named)
+
+
+def _check_mode(init: InitConfig, named: frozenset[str] | set[str]) -> None:
+    """A key that the mode does not read is refused, not ignored."""
+    idle = sorted(init.model_fields_set - {"mode"} - _MODE_KEYS[init.mode] - _OWN_START_KEYS)
+    if idle:
+        key = f"init.mode={init.mode}" if "init.mode" in named else f"init.{idle[0]}"
+        group = "init=default" if init.mode == "simple" else f"init={init.mode}"
         raise UserError(
-            f"{key}: gradient settings have no effect with a simple start; use init=default alone"
+            f"{key}: {idle[0]} has no effect with init.mode={init.mode}; use {group} alone, "
+            "or the mode that reads it"
         )
+
+
+def _check_scale(init: InitConfig) -> None:
+    valid = {"svd": _SVD_SCALES, "gradient": _GRADIENT_SCALES}.get(init.mode)
+    if init.mode == "peft_lora_ga":
+        valid = ("stable", "weight_svd", "gd_scale", "unit")
+        if init.direction == "LoRA-One":
+            raise UserError("init.direction=LoRA-One: PEFT's lora_ga has no such direction; use LoRA-GA")
+    if valid is not None and init.scale not in valid:
+        raise UserError(f"init.scale={init.scale}: not for init.mode={init.mode}; valid: {', '.join(valid)}")
+
+
+def _check_adapter(peft: PeftConfig, init: InitConfig) -> None:
+    if peft.adalora and not init.is_plain_lora:
+        raise UserError("peft.adalora=true: AdaLoRA has its own start; use init=default")
+    if peft.adalora and (peft.dora or peft.use_loraplus or peft.rank_pattern or peft.alpha_pattern):
+        raise UserError(
+            "peft.adalora=true: does not go with dora, use_loraplus, rank_pattern or alpha_pattern"
+        )
+    if init.mode == "simple" and (init.lora_A, init.lora_B) == ("zeros", "zeros"):
+        raise UserError("init.lora_A=zeros, init.lora_B=zeros: two zero factors never learn; change one")
+    if peft.dora and init.shift == "adapter":
+        raise UserError(
+            "init.shift=adapter: DoRA needs the norm of the shifted weight; use init.shift=weight"
+        )
+
+
+def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
+    peft, init = config.peft, config.init
     without_effect = {
         "init.sub_size": (init.do_subsampling is None, "init.do_subsampling=true"),
         "init.normalize": (init.direction != "LoRA-One", "init.direction=LoRA-One"),
         "init.stable_gamma": (init.scale != "stable", "init.scale=stable"),
+        "init.lora_A_std": (init.lora_A != "gaussian", "init.lora_A=gaussian"),
+        "init.lora_B_std": (init.lora_B != "gaussian", "init.lora_B=gaussian"),
         "peft.lora_r": (peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
+        "peft.loraplus_lr_ratio": (not peft.use_loraplus, "peft.use_loraplus=true"),
         **{
             f"peft.{key}": (not peft.use_peft, "peft=all")
             for key in PeftConfig.model_fields

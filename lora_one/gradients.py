@@ -1,62 +1,64 @@
-"""The gradient estimate: the mean full fine-tuning gradient of each target, and its singular triplets."""
+"""The gradient estimate: the mean full fine-tuning gradient of each target, and what is kept of it."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_one.collect import collect_gradients
 from lora_one.config import ExperimentConfig, InitConfig
-from lora_one.data.batches import Slot, collate, whole_window
+from lora_one.data.batches import Batch, Slot, collate, whole_window
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.losses import to_device, weighted_loss
+from lora_one.objectives import AdamFactors
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
+from lora_one.starts import LayerEstimate, reduce_gradient
+from lora_one.triplets import Triplets
 
-# Above this a full SVD takes minutes a layer; the randomised one then finds the leading triplets of a
-# spectrum that decays, as those of gradients do.
-_FULL_SVD_LIMIT = 1024
 # Seeds of the sample, apart from the (seed, epoch) of the training order.
 _GRADIENT_STREAM = (0, 1)
 _ANNOUNCE_AFTER = 5  # batches
 
 
 @dataclass(frozen=True)
-class Triplets:
-    """Leading singular triplets of one gradient, float32 on the CPU; ``norm`` is ‖G‖_F."""
-
-    U_OK: Tensor
-    S_K: Tensor
-    V_IK: Tensor
-    norm: float
-
-
-@dataclass(frozen=True)
 class GradientEstimate:
-    """The estimate for all targets, and the sample that it is the mean over."""
+    """What is known of the targets' gradients, and the sample that they are the mean over."""
 
-    triplets: dict[str, Triplets]
+    layers: dict[str, LayerEstimate]
     loss: float
     n_examples: int
     n_tokens: int
     seconds: float
 
     def summary(self) -> dict[str, Any]:
-        """What the record keeps: the sample, and how much of each gradient the triplets hold."""
-        kept = [float((t.S_K**2).sum()) / t.norm**2 for t in self.triplets.values()]
+        """What the record keeps: the sample, and how well the layers' factors hold what they aim at."""
+        known: dict[str, Any] = {}
+        triplets = [layer for layer in self.layers.values() if isinstance(layer, Triplets)]
+        if triplets:
+            kept = [float((t.S_K**2).sum()) / t.norm**2 for t in triplets]
+            known = {
+                "n_triplets": max(t.S_K.numel() for t in triplets),
+                "energy_kept_mean": sum(kept) / len(kept),
+                "energy_kept_worst": min(kept),
+            }
+        fitted = [layer for layer in self.layers.values() if isinstance(layer, AdamFactors)]
+        if fitted:
+            known = {
+                "adam_objective_before_mean": sum(f.before for f in fitted) / len(fitted),
+                "adam_objective_after_mean": sum(f.after for f in fitted) / len(fitted),
+            }
         return {
             "loss": self.loss,
             "n_examples": self.n_examples,
             "n_tokens": self.n_tokens,
             "seconds": round(self.seconds, 3),
-            "n_triplets": max(t.S_K.numel() for t in self.triplets.values()),
-            "energy_kept_mean": sum(kept) / len(kept),
-            "energy_kept_worst": min(kept),
+            **known,
         }
 
 
@@ -76,33 +78,10 @@ def sample_indices(n_available: int, config: InitConfig, seed: int) -> list[int]
     return np.random.default_rng([seed, *_GRADIENT_STREAM]).permutation(n_available)[:wanted].tolist()
 
 
-def estimate_gradient(
-    model: Any,
-    targets: Sequence[str],
-    examples: Sequence[Encoded],
-    config: ExperimentConfig,
-    *,
-    n_triplets: int,
-    pad_id: int,
-    processes: Processes,
-) -> GradientEstimate:
-    """Estimates the gradient of the training loss at the pretrained weights, exactly and in float32.
-
-    The model runs without dropout. The processes share the sample's batches.
-
-    Args:
-        model: The pretrained model, without adapters.
-        targets: Names of the layers whose weight gradient is wanted; no other is computed.
-        examples: The training split, cut at ``init.max_length``.
-        config: ``init`` names the sample, ``model.loss_reduction`` the loss.
-        n_triplets: Leading singular triplets to keep for each target.
-        pad_id: Padding token.
-        processes: Who shares the work.
-
-    Raises:
-        UserError: If a target's gradient is zero or not finite.
-    """
-    start = time.perf_counter()
+def sample_batches(
+    examples: Sequence[Encoded], config: ExperimentConfig, pad_id: int, processes: Processes
+) -> tuple[list[int], list[list[Slot]]]:
+    """The sample's examples, and this process's share of its batches, each example with its weight."""
     indices = sample_indices(len(examples), config.init, config.seed)
     batches = whole_window(
         examples,
@@ -113,23 +92,65 @@ def estimate_gradient(
         rank=processes.rank,
         world_size=processes.world_size,
     )
+    return indices, batches
+
+
+def gradient_batches(
+    examples: Sequence[Encoded], config: ExperimentConfig, pad_id: int, device: torch.device
+) -> Iterator[Batch]:
+    """The whole sample as batches on ``device``; nothing is read before the first is asked for."""
+    alone = Processes(rank=0, world_size=1, device=device)
+    for slots in sample_batches(examples, config, pad_id, alone)[1]:
+        yield to_device(collate([(examples[index], weight) for index, weight in slots], pad_id), device)
+
+
+def estimate_gradient(
+    model: Any,
+    targets: Sequence[str],
+    examples: Sequence[Encoded],
+    config: ExperimentConfig,
+    *,
+    ranks: Mapping[str, int],
+    pad_id: int,
+    processes: Processes,
+) -> GradientEstimate:
+    """Estimates the gradient of the training loss at the pretrained weights, exactly and in float32.
+
+    The model runs without dropout. The processes share the sample's batches.
+
+    Args:
+        model: The pretrained model, without adapters; quantised or not.
+        targets: Names of the layers whose weight gradient is wanted; no other is computed.
+        examples: The training split, cut at ``init.max_length``.
+        config: ``init`` names the sample and what is made of it, ``model.loss_reduction`` the loss.
+        ranks: Adapter rank of each target.
+        pad_id: Padding token.
+        processes: Who shares the work.
+
+    Raises:
+        UserError: If a target's gradient is zero or not finite.
+    """
+    begin = time.perf_counter()
+    indices, batches = sample_batches(examples, config, pad_id, processes)
     progress: Iterable[list[Slot]] = progress_bar(
         batches, shown=processes.is_main, desc="gradient", unit="batch"
     )
     if config.init.do_subsampling is False:
         progress = _announced(progress, len(batches), len(indices), processes)
     gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
-    for name in targets:
-        processes.sum_(gradients[name])
-    triplets = {
-        name: decompose(name, gradients.pop(name).to(processes.device), n_triplets) for name in targets
+    for G_OI in {id(tensor): tensor for tensor in gradients.values()}.values():
+        processes.sum_(G_OI)
+    start, generator = config.gradient_start(), torch.Generator().manual_seed(config.seed)
+    layers = {
+        name: reduce_gradient(name, gradients.pop(name).to(processes.device), start, ranks[name], generator)
+        for name in targets
     }
     return GradientEstimate(
-        triplets=triplets,
+        layers=layers,
         loss=float(processes.sum_(torch.tensor(loss))),
         n_examples=len(indices),
         n_tokens=sum(len(examples[index].ids) for index in indices),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - begin,
     )
 
 
@@ -144,90 +165,16 @@ def accumulate_gradients(
     """Sums the weighted gradients of the targets' weights over ``batches``.
 
     Returns:
-        Per target ``G_OI`` in float32 on the CPU, and the summed loss. A weight's own gradient lives
-        on the device only until it is added up.
+        Per target ``G_OI`` in float32 on the CPU, and the summed loss.
     """
-    gradients: dict[str, Tensor] = {}
     total = 0.0
-    with _only_target_gradients(model, targets, gradients):
+    with collect_gradients(model, targets) as sums:
         for slots in batches:
             batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
             loss = weighted_loss(model, to_device(batch, device))
             loss.backward()
             total += loss.item()
-    return gradients, total
-
-
-def decompose(name: str, G_OI: Tensor, n_triplets: int) -> Triplets:
-    """Leading singular triplets of a gradient, computed on its device.
-
-    The sign is fixed once, here: the entry of largest magnitude in each column of U is positive.
-
-    Raises:
-        UserError: If the gradient is zero or not finite, naming the target.
-    """
-    norm = float(torch.linalg.norm(G_OI))
-    if not np.isfinite(norm):
-        raise UserError(f"{name}: its gradient is not finite; check the data, or use model.bf16=false")
-    if norm == 0.0:
-        raise UserError(
-            f"{name}: its gradient is zero; leave it out of peft.lora_target_modules, or check the data"
-        )
-    if min(G_OI.shape) <= _FULL_SVD_LIMIT:
-        U_OK, S_K, Vt_KI = torch.linalg.svd(G_OI, full_matrices=False)
-        V_IK = Vt_KI.T
-    else:
-        with torch.random.fork_rng(devices=[G_OI.device] if G_OI.is_cuda else []):
-            torch.manual_seed(0)  # svd_lowrank takes no generator
-            U_OK, S_K, V_IK = torch.svd_lowrank(G_OI, q=max(4 * n_triplets, 64), niter=8)
-    U_OK, S_K, V_IK = U_OK[:, :n_triplets], S_K[:n_triplets], V_IK[:, :n_triplets]
-    largest_K = U_OK.abs().argmax(dim=0)
-    sign_K = U_OK[largest_K, torch.arange(U_OK.shape[1], device=G_OI.device)].sign()
-    return Triplets((U_OK * sign_K).cpu(), S_K.cpu(), (V_IK * sign_K).cpu(), norm)
-
-
-@contextmanager
-def _only_target_gradients(
-    model: Any, targets: Sequence[str], gradients: dict[str, Tensor]
-) -> Iterator[None]:
-    """Lets only the targets' weights take gradients, and moves each to ``gradients`` as it is made."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    _without_dropout(model)
-    model.requires_grad_(False)
-    handles = []
-    for name in targets:
-        layer = model.get_submodule(name)
-        gradients[name] = torch.zeros(layer.weight.shape, dtype=torch.float32)
-        handles.append(_collect(layer.weight, gradients[name]))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-
-
-def _without_dropout(model: Any) -> None:
-    """Eval mode; with gradient checkpointing, which works in train mode only, just where dropout is."""
-    checkpoints = getattr(model, "is_gradient_checkpointing", False)
-    model.train(checkpoints)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout"):
-            module.eval()
-
-
-def _collect(weight: nn.Parameter, G_OI: Tensor) -> Any:
-    def move(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None  # the hook runs when it has just been made
-        G_OI.add_(parameter.grad.to(device="cpu", dtype=torch.float32))
-        parameter.grad = None
-
-    weight.requires_grad_(True)
-    return weight.register_post_accumulate_grad_hook(move)
+    return sums.G_OI, total
 
 
 def _announced(

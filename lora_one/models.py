@@ -1,17 +1,27 @@
 """Models: loading a pretrained model and its tokenizer, and finding the layers to adapt."""
 
 import hashlib
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 from lora_one.config import ExperimentConfig, ModelConfig, PeftConfig
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
+from lora_one.layers import is_linear, quantisation, shape_OI, unpack, why_unsupported
 
 EMBEDDED_MODEL = "embedded/tiny_llama"
 _EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "tiny_llama"
@@ -98,7 +108,10 @@ def load_model(
     # Weights that are trained stay in float32: most updates are smaller than bfloat16 can hold.
     low_precision = config.model.bf16 and config.peft.use_peft
     model = read_weights(config.model, source, torch.bfloat16 if low_precision else torch.float32)
-    model = model.to(device)
+    if config.model.quantization is None:
+        model = model.to(device)
+    else:
+        _check_quantised(model, config.model)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -122,38 +135,33 @@ def empty_model(config: ModelConfig) -> Any | None:
         return AutoModelForCausalLM.from_config(hf_config)
 
 
-def linear_layers(model: Any) -> dict[str, nn.Linear]:
-    """All linear layers but the output head, by full name."""
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """All layers that can take an adapter, but the output head, by full name."""
     head = model.get_output_embeddings()
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        name: module for name, module in model.named_modules() if is_linear(module) and module is not head
     }
 
 
 def target_names(model: Any, config: PeftConfig) -> tuple[str, ...]:
-    """Full names of the layers that ``peft.lora_target_modules`` means.
+    """Full names of the layers that ``peft.lora_target_modules`` and what restricts it mean.
 
     Raises:
-        UserError: If an entry matches no linear layer; the model's are listed.
+        UserError: If an entry matches no layer, or one that cannot take an adapter.
     """
     layers = linear_layers(model)
-    wanted = config.lora_target_modules
-    if not layers or not wanted:
+    if not layers or not config.lora_target_modules:
         what = "the model has no linear layer" if not layers else "the list is empty; use all, or name layers"
         raise UserError(f"peft.lora_target_modules: {what}")
-    if wanted == "all":
-        return tuple(layers)
-    suffixes = [wanted] if isinstance(wanted, str) else wanted
-    for suffix in suffixes:
-        if not any(_ends_with(name, suffix) for name in layers):
-            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
-            raise UserError(
-                f"peft.lora_target_modules: {suffix!r} matches no linear layer; "
-                f"the model has: {', '.join(known)}"
-            )
-    return tuple(name for name in layers if any(_ends_with(name, suffix) for suffix in suffixes))
+    names = tuple(layers) if config.lora_target_modules == "all" else _matching(model, layers, config)
+    restricted = tuple(name for name in names if _is_kept(name, config))
+    if not restricted:
+        raise UserError(
+            "peft.lora_exclude_modules, peft.layers_to_transform: no target is left; "
+            f"without them there are {len(names)}, such as {names[0]}"
+        )
+    _refuse_shared_modules(model, restricted)
+    return restricted
 
 
 def adapter_rank(model: Any, config: PeftConfig) -> int:
@@ -163,20 +171,36 @@ def adapter_rank(model: Any, config: PeftConfig) -> int:
     return max(1, int(model.config.hidden_size * config.lora_relative_r))
 
 
+def adapter_ranks(model: Any, targets: Sequence[str], config: PeftConfig) -> dict[str, int]:
+    """The rank of every target's adapter, ``peft.rank_pattern`` included.
+
+    Raises:
+        UserError: If a pattern matches no target.
+    """
+    return _by_pattern(targets, config.rank_pattern, adapter_rank(model, config), "peft.rank_pattern")
+
+
+def adapter_alphas(targets: Sequence[str], config: PeftConfig) -> dict[str, float]:
+    """The alpha of every target's adapter, ``peft.alpha_pattern`` included.
+
+    Raises:
+        UserError: If a pattern matches no target.
+    """
+    return _by_pattern(targets, config.alpha_pattern, config.lora_alpha, "peft.alpha_pattern")
+
+
 def check_rank(model: Any, targets: tuple[str, ...], config: ExperimentConfig) -> None:
-    """Raises UserError if the adapter needs more directions than the smallest target has."""
-    rank = adapter_rank(model, config.peft)
-    shifts = config.init.mode == "gradient" and config.init.direction != "LoRA-One"
-    needed = 2 * rank if shifts else rank
-    layers = linear_layers(model)
-    smallest = min(targets, key=lambda name: min(layers[name].weight.shape))
-    limit = min(layers[smallest].weight.shape)
-    if needed > limit:
-        what = f"needs 2r = {needed} directions" if shifts else f"is {rank}"
-        most = limit // 2 if shifts else limit
-        raise UserError(
-            f"peft.lora_r={rank}: {what}, but the weight of {smallest} has rank {limit}; use r <= {most}"
-        )
+    """Raises UserError if an adapter needs more directions than its target has."""
+    ranks = adapter_ranks(model, targets, config.peft)
+    doubled = config.init.mode == "gradient" and config.gradient_start().shifts_base
+    for name in targets:
+        rank, limit = ranks[name], min(shape_OI(model.get_submodule(name)))
+        if (2 * rank if doubled else rank) > limit:
+            what = f"needs 2r = {2 * rank} directions" if doubled else f"is {rank}"
+            most = limit // 2 if doubled else limit
+            raise UserError(
+                f"peft.lora_r={rank}: {what}, but the weight of {name} has rank {limit}; use r <= {most}"
+            )
 
 
 def check_bf16(config: ModelConfig, device: torch.device) -> None:
@@ -210,9 +234,43 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            **_quantised(config, dtype),
         )
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
+
+
+def _quantised(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    if config.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={config.quantization}: needs bitsandbytes; pip install 'bitsandbytes>=0.46'"
+        )
+    if config.quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": nf4}
+
+
+def _check_quantised(model: Any, config: ModelConfig) -> None:
+    """Bitsandbytes quantises in blocks of 64 inputs; narrower rows come out wrong on some devices."""
+    for name, layer in model.named_modules():
+        if quantisation(layer) != "4bit":
+            continue
+        unpack(layer)
+        if layer.in_features % 64:
+            raise UserError(
+                f"model.quantization=4bit: {name} has {layer.in_features} inputs, which is no multiple of "
+                f"bitsandbytes' block of 64; use model.quantization=8bit, or none with {config.name}"
+            )
 
 
 def _fingerprint(model: Any, source: str) -> str:
@@ -223,6 +281,70 @@ def _fingerprint(model: Any, source: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _matching(model: Any, layers: Mapping[str, nn.Module], config: PeftConfig) -> tuple[str, ...]:
+    """The layers that a name, a list of names or a regular expression means."""
+    wanted, key = config.lora_target_modules, "peft.lora_target_modules"
+    suffixes = [wanted] if isinstance(wanted, str) else wanted
+    modules = {name: module for name, module in model.named_modules() if name}
+    found: set[str] = set()
+    for suffix in suffixes:
+        matches = [name for name in modules if _ends_with(name, suffix)]
+        if not matches and isinstance(wanted, str):
+            matches = [name for name in modules if _fullmatch(suffix, name, key) and is_linear(modules[name])]
+        if not matches:
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            raise UserError(f"{key}: {suffix!r} matches no linear layer; the model has: {', '.join(known)}")
+        for name in matches:
+            reason = why_unsupported(modules[name])
+            if reason is not None:
+                raise UserError(f"{key}: {suffix!r} means {name}, but {reason}")
+        found.update(matches)
+    return tuple(name for name in modules if name in found)
+
+
+def _is_kept(name: str, config: PeftConfig) -> bool:
+    exclude, blocks = config.lora_exclude_modules, config.layers_to_transform
+    if isinstance(exclude, str) and (
+        _ends_with(name, exclude) or _fullmatch(exclude, name, "peft.lora_exclude_modules")
+    ):
+        return False
+    if isinstance(exclude, list) and any(_ends_with(name, suffix) for suffix in exclude):
+        return False
+    if blocks is None:
+        return True
+    number = re.match(r".*?\.(\d+)\.", name)  # the first number in a name is that of the block
+    return number is not None and int(number[1]) in ([blocks] if isinstance(blocks, int) else blocks)
+
+
+def _by_pattern(targets: Sequence[str], pattern: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+    values = dict.fromkeys(targets, default)
+    for expression, value in pattern.items():
+        matches = [name for name in targets if _fullmatch(rf"(.*\.)?({expression})", name, key)]
+        if not matches:
+            raise UserError(f"{key}: {expression!r} matches no target, such as {targets[0]}")
+        values |= dict.fromkeys(matches, value)
+    return values
+
+
+def _refuse_shared_modules(model: Any, names: tuple[str, ...]) -> None:
+    """One module under two names would get its adapter under one of them only."""
+    wanted = {id(model.get_submodule(name)): name for name in names}
+    for name, module in model.named_modules(remove_duplicate=False):
+        target = wanted.get(id(module))
+        if target is not None and target != name:
+            raise UserError(
+                f"peft.lora_target_modules: {target} and {name} are one and the same module, which PEFT "
+                "adapts in one place only; leave it out with peft.lora_exclude_modules"
+            )
+
+
+def _fullmatch(expression: str, name: str, key: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        raise UserError(f"{key}: {expression!r} is no regular expression ({error})") from None
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -6,7 +6,8 @@ from lora_one.config import ExperimentConfig
 from lora_one.data.loading import dataset_spec, load_splits
 from lora_one.errors import UserError
 from lora_one.inits import ALIASES
-from lora_one.models import adapter_rank, check_rank, empty_model, model_source, target_names
+from lora_one.layers import shape_OI
+from lora_one.models import adapter_ranks, check_rank, empty_model, model_source, target_names
 from lora_one.records import run_id
 from lora_one.training import plan_training
 
@@ -35,11 +36,16 @@ def describe_plan(config: ExperimentConfig, world_size: int) -> str:
 def _method(config: ExperimentConfig) -> str:
     if not config.peft.use_peft:
         return "full fine-tuning; init is ignored"
-    if config.init.mode == "simple":
-        return "LoRA, lora_B = 0"
     init = config.init
+    if init.mode == "simple":
+        return f"{config.method}: lora_A {init.lora_A}, lora_B {init.lora_B}"
+    if init.mode == "svd":
+        return f"{config.method}: singular vectors of the weight, scale {init.scale}"
+    if init.mode != "gradient":
+        return f"{config.method}, by PEFT"
     direction = ALIASES.get(init.direction, init.direction)
     normalize = f", normalize {init.normalize}" if direction == "LoRA-One" else ""
+    normalize += "" if init.objective == "gradient" else f", objective {init.objective}"
     return f"{init.direction}: scale {init.scale}, gamma {init.stable_gamma:g}{normalize}"
 
 
@@ -52,13 +58,23 @@ def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
         return [("targets", "all weights"), ("trainable parameters", f"{total:,} of {total:,}")]
     targets = target_names(model, config.peft)
     check_rank(model, targets, config)
-    rank = adapter_rank(model, config.peft)
-    trainable = sum(rank * sum(model.get_submodule(name).weight.shape) for name in targets)
+    ranks = adapter_ranks(model, targets, config.peft)
+    trainable = sum(ranks[name] * sum(shape_OI(model.get_submodule(name))) for name in targets)
+    trainable += sum(shape_OI(model.get_submodule(name))[0] for name in targets) * config.peft.dora
+    if config.peft.train_embeddings:
+        ends = {id(part.weight): part.weight.numel() for part in _ends(model)}
+        trainable += sum(ends.values())
     kinds = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    shown = " to ".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
     return [
-        ("targets", f"{len(targets)} layers: {', '.join(kinds)}; rank {rank}"),
+        ("targets", f"{len(targets)} layers: {', '.join(kinds)}; rank {shown}"),
         ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
     ]
+
+
+def _ends(model: Any) -> list[Any]:
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [end for end in ends if end is not None]
 
 
 def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
@@ -109,7 +125,7 @@ def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
 
 def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
     init = config.init
-    if not config.peft.use_peft or init.mode == "simple":
+    if not config.peft.use_peft or not init.needs_sample:
         return "none"
     if init.do_subsampling is False:
         return f"the whole training split, {_number(n_train)} examples"
@@ -125,7 +141,7 @@ def _outputs(config: ExperimentConfig) -> str:
     outputs = ["config.yaml", "record.json", "metrics.jsonl", "plot.png"]
     if config.eval.task:
         outputs += ["test_before.jsonl"] * config.eval.before_training + ["test.jsonl"]
-    if config.peft.use_peft and config.init.mode == "gradient":
+    if config.peft.use_peft and not config.init.is_plain_lora:
         outputs.append("init.safetensors")
     if config.wandb.mode != "disabled":
         outputs.append("wandb/")

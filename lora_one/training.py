@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.adalora import AdaLoraModel
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -18,6 +20,7 @@ from lora_one.data.batches import WindowLoader, WindowSampler, collate, whole_wi
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.files import write_text
+from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
@@ -120,6 +123,7 @@ def train(
         folder: The run's folder; gets ``checkpoints/`` and ``metrics.jsonl``.
         tracker: Receives the logged points.
     """
+    settle(model)
     plan = plan_training(len(train_examples), config.model, processes.world_size)
     sampler = WindowSampler(
         train_examples,
@@ -151,7 +155,10 @@ def train(
         reduction=config.model.loss_reduction,
         pad_id=pad_id,
         processes=processes,
+        loraplus_lr_ratio=config.peft.loraplus_lr_ratio if config.peft.use_loraplus else None,
     )
+    if config.peft.adalora:
+        trainer.add_callback(_AdaLora())
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     done_file = folder / "checkpoints" / "trained.json"
@@ -252,9 +259,11 @@ class _WindowTrainer(Trainer):
         reduction: str,
         pad_id: int,
         processes: Processes,
+        loraplus_lr_ratio: float | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.loader = loader
         self.validation = validation
         self.reduction = reduction
@@ -271,7 +280,24 @@ class _WindowTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
         # DDP averages gradients over processes; the weights ask for their sum.
-        return weighted_loss(model, inputs) * self.processes.world_size
+        loss = weighted_loss(model, inputs) * self.processes.world_size
+        if isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
+            loss = loss + adalora_penalty(self.model) / self.args.gradient_accumulation_steps
+        return loss
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(*arguments)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        adapted: Any = self.model
+        self.optimizer = create_loraplus_optimizer(
+            adapted,
+            optimizer_class,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **settings,
+        )
+        return self.optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(
@@ -308,7 +334,8 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=max(1, round(model.eval_epochs * plan.steps_per_epoch)),
-        save_strategy="steps",
+        # AdaLoRA's importance scores live outside the model: such a run starts over when interrupted.
+        save_strategy="no" if config.peft.adalora else "steps",
         save_steps=model.save_steps,
         save_total_limit=1,
         ddp_find_unused_parameters=False,
@@ -322,6 +349,26 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
     assert arguments.device is not None
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def adalora_penalty(model: Any) -> torch.Tensor:
+    """AdaLoRA's orthogonality penalty, as PEFT adds it to a loss of the model's own: the mean of
+    ``‖P Pᵀ - I‖_F`` over the factors (their short side), times ``orth_reg_weight``.
+    """
+    weight = model.peft_config["default"].orth_reg_weight
+    terms = []
+    for name, factor in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
+            terms.append(torch.linalg.norm(gram - torch.eye(len(gram)).to(gram)))
+    return weight * torch.stack(terms).mean()
+
+
+class _AdaLora(TrainerCallback):
+    """Moves AdaLoRA's rank budget between the layers, while the gradients of the step are there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
 
 
 class _EarlyStopping(TrainerCallback):

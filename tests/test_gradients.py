@@ -8,7 +8,7 @@ from conftest import ALONE, on_two_processes, random_examples, small_llama
 from lora_one.config import ExperimentConfig, InitConfig
 from lora_one.data.batches import whole_window
 from lora_one.errors import UserError
-from lora_one.gradients import accumulate_gradients, decompose, estimate_gradient, sample_indices
+from lora_one.gradients import accumulate_gradients, estimate_gradient, sample_indices
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
 
@@ -107,7 +107,7 @@ def estimate_on_two_processes(path: str) -> None:
         TARGETS,
         random_examples(40),
         config(bsz=2, iters=7),
-        n_triplets=8,
+        ranks=dict.fromkeys(TARGETS, 8),
         pad_id=0,
         processes=processes,
     )
@@ -116,13 +116,13 @@ def estimate_on_two_processes(path: str) -> None:
 
 
 def products(estimate) -> dict[str, torch.Tensor]:
-    return {name: (t.U_OK * t.S_K) @ t.V_IK.T for name, t in estimate.triplets.items()}
+    return {name: (t.U_OK * t.S_K) @ t.V_IK.T for name, t in estimate.layers.items()}
 
 
 def test_two_processes_give_the_estimate_of_one(tmp_path):
     on_two_processes(estimate_on_two_processes, str(tmp_path / "two.pt"))
     two = torch.load(tmp_path / "two.pt")
-    settings = {"n_triplets": 8, "pad_id": 0, "processes": ALONE}
+    settings = {"ranks": dict.fromkeys(TARGETS, 8), "pad_id": 0, "processes": ALONE}
     one = products(
         estimate_gradient(small_llama(), TARGETS, random_examples(40), config(bsz=2, iters=7), **settings)
     )
@@ -156,17 +156,9 @@ def test_sample_larger_than_the_data(settings, words):
 
 
 def test_the_whole_split_announces_its_time(capsys):
-    settings = {"n_triplets": 4, "pad_id": 0, "processes": ALONE}
+    settings = {"ranks": dict.fromkeys(TARGETS, 4), "pad_id": 0, "processes": ALONE}
     estimate = estimate_gradient(
         small_llama(), TARGETS, random_examples(12), config(do_subsampling=False), **settings
     )
     assert estimate.n_examples == 12
     assert "12 examples, expected" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("value", "words"), [(0.0, "is zero"), (np.nan, "not finite"), (np.inf, "not finite")]
-)
-def test_useless_gradients_name_their_target(value, words):
-    with pytest.raises(UserError, match=f"q_proj.*{words}"):
-        decompose("q_proj", torch.full((8, 8), value), 4)

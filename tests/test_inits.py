@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_one.gradients import decompose
 from lora_one.inits import init_factors, triplets_needed
+from lora_one.triplets import decompose
 
 RANK, GAMMA, SCALING = 4, 128.0, 16 / 2
 

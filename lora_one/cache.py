@@ -1,0 +1,75 @@
+"""What is known of a model's gradients, on disk: singular triplets (or fitted factors) of every layer."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lora_one.errors import UserError
+from lora_one.objectives import AdamFactors
+from lora_one.starts import GradientStart, LayerEstimate
+from lora_one.triplets import Triplets
+
+_FORMAT = "lora-one gradients 1"
+
+
+def save_estimates(path: Path, layers: Mapping[str, LayerEstimate], start: GradientStart) -> None:
+    """Writes the estimates in one piece, as safetensors whatever the file is called."""
+    tensors, numbers = {}, {}
+    for name, layer in layers.items():
+        if isinstance(layer, Triplets):
+            parts = {"U_OK": layer.U_OK, "S_K": layer.S_K, "V_IK": layer.V_IK}
+            numbers[name] = [layer.norm]
+        else:
+            parts = {"A_RI": layer.A_RI, "B_OR": layer.B_OR}
+            numbers[name] = [layer.before, layer.after]
+        tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in parts.items()}
+    metadata = {"format": _FORMAT, "start": json.dumps(_identity(start)), "numbers": json.dumps(numbers)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load_estimates(path: Path, start: GradientStart) -> dict[str, LayerEstimate]:
+    """Reads what ``save_estimates`` wrote.
+
+    Raises:
+        UserError: If the file is damaged, or made for another objective.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UserError(f"{path}: not written by this library; give another cache_file")
+            stored, numbers = json.loads(metadata["start"]), json.loads(metadata["numbers"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and it is made again") from None
+    for key, value in _identity(start).items():
+        if stored.get(key) != value:
+            raise UserError(
+                f"{path}: made with {key}={stored.get(key)}, but {key}={value} is asked for; "
+                "give another cache_file"
+            )
+    return {name: _layer(name, tensors, values) for name, values in numbers.items()}
+
+
+def _layer(name: str, tensors: Mapping[str, Any], numbers: list[float]) -> LayerEstimate:
+    if f"{name}/A_RI" in tensors:
+        return AdamFactors(tensors[f"{name}/A_RI"], tensors[f"{name}/B_OR"], *numbers)
+    return Triplets(*(tensors[f"{name}/{part}"] for part in ("U_OK", "S_K", "V_IK")), norm=numbers[0])
+
+
+def _identity(start: GradientStart) -> dict[str, Any]:
+    """What of the settings the stored numbers depend on; triplets serve every direction and scale."""
+    if start.objective != "adam":
+        return {"objective": start.objective}
+    return {"objective": start.objective, "direction": start.direction, "seed": start.seed}

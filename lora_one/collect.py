@@ -1,0 +1,154 @@
+"""Weight gradients of chosen layers, summed over backward passes that somebody else runs.
+
+Layers with plain weights: autograd's own gradient of the weight, which counts every use of it, taken
+away as soon as it is made. Quantised layers have no such gradient; theirs is ``Σ δᵀ x`` over the
+positions, from the layer's input ``x`` and the gradient ``δ`` of its output.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_one.layers import quantisation, shape_OI, to_OI, unpack
+
+
+class GradientSums:
+    """What the backward passes inside ``collect_gradients`` left.
+
+    Attributes:
+        G_OI: Layer name to the summed gradient, float32 on the CPU. Layers that share one weight share
+            one tensor.
+        n_calls: Calls of the model whose output took part in a backward pass.
+        reached: Names of the layers that received a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.G_OI: dict[str, Tensor] = {}
+        self.n_calls = 0
+        self.reached: set[str] = set()
+
+    def unique(self) -> list[Tensor]:
+        """Every tensor once."""
+        return list({id(tensor): tensor for tensor in self.G_OI.values()}.values())
+
+
+@contextmanager
+def collect_gradients(model: Any, targets: Sequence[str]) -> Iterator[GradientSums]:
+    """Sums the gradients of the targets' weights while the caller runs forward and backward passes.
+
+    Inside, dropout is off, and nothing but the targets' weights takes a gradient. Each is moved to the
+    CPU and added up in float32 as soon as it is made, so that at most one lives on the device, and
+    ``zero_grad`` between two batches loses nothing. Everything is as before afterwards.
+
+    Args:
+        model: The pretrained model, without adapters; on any device, quantised or not.
+        targets: Names of linear layers.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    _without_dropout(model)
+    model.requires_grad_(False)
+    sums = GradientSums()
+    handles = [_count_calls(model, sums), _embeddings_take_gradients(model)]
+    by_weight: dict[int, list[str]] = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        if quantisation(layer) is None:
+            by_weight.setdefault(id(layer.weight), []).append(name)
+        else:
+            handles.append(_from_activations(layer, name, sums))
+    handles += [_from_autograd(model.get_submodule(names[0]), names, sums) for names in by_weight.values()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        for parameter, grad in kept:
+            parameter.grad = grad
+        for module, mode in modes:
+            module.training = mode
+
+
+def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
+    G_OI = torch.zeros(shape_OI(layer), dtype=torch.float32)
+    sums.G_OI |= dict.fromkeys(names, G_OI)
+
+    def move(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs when it has just been made
+        G_OI.add_(to_OI(layer, parameter.grad).to(device="cpu", dtype=torch.float32))
+        parameter.grad = None
+        sums.reached.update(names)
+
+    layer.weight.grad = None
+    layer.weight.requires_grad_(True)
+    return layer.weight.register_post_accumulate_grad_hook(move)
+
+
+def _from_activations(layer: Any, name: str, sums: GradientSums) -> Any:
+    G_OI = sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
+    unpack(layer)
+
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x_NI = inputs[0].detach().flatten(0, -2)
+
+        def add(delta: Tensor) -> None:
+            G_OI.add_((delta.detach().flatten(0, -2).float().T @ x_NI.float()).cpu())
+            sums.reached.add(name)
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    return layer.register_forward_hook(watch)
+
+
+def _count_calls(model: nn.Module, sums: GradientSums) -> Any:
+    def watch(_: nn.Module, __: Any, output: Any) -> None:
+        counted: list[bool] = []
+
+        def count(_: Tensor) -> None:
+            if not counted:
+                counted.append(True)
+                sums.n_calls += 1
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(count)
+
+    return model.register_forward_hook(watch)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _embeddings_take_gradients(model: Any) -> Any:
+    """Makes the graph begin at the embeddings: frozen weights alone would not make one, nor would
+    re-entrant gradient checkpointing.
+    """
+
+    def require(_: nn.Module, __: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and output.is_leaf and output.is_floating_point():
+            output.requires_grad_(True)
+
+    return model.get_input_embeddings().register_forward_hook(require)
+
+
+def _without_dropout(model: Any) -> None:
+    """Eval mode but for the layers that checkpoint themselves, which do so in train mode only."""
+    checkpoints = getattr(model, "is_gradient_checkpointing", False)
+    for module in model.modules():
+        module.training = checkpoints and isinstance(module, GradientCheckpointingLayer)

@@ -1,0 +1,120 @@
+"""The layers that take an adapter, seen alike: ``nn.Linear``, GPT-2's ``Conv1D``, 4-bit and 8-bit linears."""
+
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_QUANTISED = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
+
+
+def quantisation(layer: nn.Module) -> str | None:
+    """``"4bit"`` or ``"8bit"`` for a bitsandbytes layer, None for one with plain weights."""
+    for kind in type(layer).__mro__:
+        if kind.__module__.startswith("bitsandbytes") and kind.__name__ in _QUANTISED:
+            return _QUANTISED[kind.__name__]
+    return None
+
+
+def why_unsupported(layer: nn.Module) -> str | None:
+    """Why a layer cannot take an adapter of ours, or None where it can."""
+    kind = type(layer).__name__
+    if isinstance(layer, nn.Embedding):
+        return (
+            f"it is an embedding ({kind}); train embeddings along with train_embeddings (or modules_to_save)"
+        )
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        return f"it is no linear layer but {kind}"
+    if quantisation(layer) is None and not layer.weight.is_floating_point():
+        return (
+            f"its weights are {layer.weight.dtype}, a quantisation other than bitsandbytes' 4-bit and 8-bit"
+        )
+    return None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer can take an adapter of ours."""
+    return why_unsupported(layer) is None
+
+
+def shape_OI(layer: Any) -> tuple[int, int]:
+    """Output and input features, however the weight is stored."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
+def to_OI(layer: nn.Module, stored: Tensor) -> Tensor:
+    """A tensor laid out as the layer's weight, as (out, in): ``Conv1D`` keeps it transposed."""
+    return stored.T if isinstance(layer, Conv1D) else stored
+
+
+@torch.no_grad()
+def read_weight(layer: Any) -> Tensor:
+    """The weight (out, in), dequantised, in float32 on the layer's device; a copy."""
+    if quantisation(layer) is None:
+        return to_OI(layer, layer.weight).to(torch.float32, copy=True)
+    if quantisation(layer) == "8bit":
+        _settle_layer(layer)
+    unpack(layer)
+    return dequantize_module_weight(layer).detach().to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def write_weight(layer: Any, W_OI: Tensor) -> None:
+    """Stores a float32 weight (out, in) in the layer's own layout, dtype and quantisation."""
+    kind, weight = quantisation(layer), layer.weight
+    if kind is None:
+        weight.copy_(to_OI(layer, W_OI))
+    elif kind == "4bit":
+        layer.weight = type(weight)(
+            W_OI.to(weight.quant_state.dtype).cpu(),
+            requires_grad=False,
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+            module=layer,
+        ).to(weight.device)
+    else:
+        layer.weight = type(weight)(W_OI.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        layer.state.reset_grads()
+        layer.state.CB = layer.state.SCB = None
+
+
+def unpack(layer: Any) -> None:
+    """Undoes and forbids the repacking of 4-bit weights that bitsandbytes does for inference on some CPUs.
+
+    Repacked weights can neither be read nor differentiated, and compute in bfloat16.
+    """
+    if quantisation(layer) == "4bit" and layer.weight.device.type == "cpu":
+        layer.support_avx512bf16_for_cpu = False
+        layer.state_dict()  # bitsandbytes puts the weights back in order before it hands them out
+
+
+def settle(model: nn.Module) -> None:
+    """Puts the scales of 8-bit weights back where moving to a device looks for them.
+
+    The first forward pass of bitsandbytes moves them away from the weight, and moving the weight, even
+    to the device where it is already, loses them then.
+    """
+    for layer in model.modules():
+        if quantisation(layer) == "8bit":
+            _settle_layer(layer)
+
+
+def _settle_layer(layer: Any) -> None:
+    if layer.state.SCB is not None:
+        layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
+
+
+def separate_weight(model: nn.Module, layer: Any) -> None:
+    """Gives ``layer`` a weight of its own where it shares one with another layer (tied embeddings)."""
+    weight = layer.weight
+    sharers = sum(
+        parameter is weight for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
+    if sharers > 1:
+        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

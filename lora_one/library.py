@@ -1,0 +1,391 @@
+"""LoRA-GA and LoRA-One in one's own training script, in PEFT's idiom.
+
+    from lora_one import LoraConfig, LoraOneConfig, get_peft_model, preprocess_lora_one
+
+    config = LoraConfig(r=8, init_lora_weights="lora_one", lora_one_config=LoraOneConfig())
+    preprocess_lora_one(model, config, train_step)  # train_step runs forward and backward passes
+    peft_model = get_peft_model(model, config)
+
+It needs neither Hydra nor the experiment runner. What ``save_pretrained`` writes loads with stock PEFT on
+the untouched base model.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import torch.distributed as dist
+from peft.tuners.lora import LoraGAConfig as PeftLoraGAConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from lora_one import adapters
+from lora_one.cache import load_estimates, save_estimates
+from lora_one.collect import GradientSums, collect_gradients
+from lora_one.errors import UserError
+from lora_one.inits import DIRECTIONS, SCALE_ALIASES, SCALES
+from lora_one.layers import settle, shape_OI, why_unsupported
+from lora_one.portable_model import make_portable
+from lora_one.starts import GradientStart, LayerEstimate, gradient_starts, reduce_gradient
+from lora_one.triplets import Triplets
+
+Scale = Literal["stable", "gd", "gd_scale", "unit", "weightS", "weight_svd"]
+Objective = Literal["gradient", "sign", "adam"]
+Shift = Literal["auto", "weight", "adapter"]
+_KINDS = {"lora_ga": "preprocess_loraga", "lora_one": "preprocess_lora_one"}
+# What PEFT's own get_peft_model refuses: it would start the adapter in its default way without a word.
+_MARK = " (by lora_one.get_peft_model)"
+
+
+@dataclass
+class LoraGAConfig(PeftLoraGAConfig):
+    """LoRA-GA (arXiv 2407.05000); goes into ``LoraConfig(init_lora_weights="lora_ga")``.
+
+    Attributes:
+        direction: ``ArB2r`` (also ``LoRA-GA``), ``A2rBr``, ``ArBr`` or ``random``: which of the first 2r
+            singular vectors of the gradient go to A and B.
+        scale: ``stable`` (``d_out^¼/√γ`` on each factor), ``gd_scale`` (``1/s``), ``unit`` (1) or
+            ``weight_svd`` (mean of ``√(σ_i(W)/s)``).
+        stable_gamma: γ.
+        objective: ``gradient``, or for Adam's first step ``sign`` or ``adam``; see ``objectives``.
+        norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
+        shift: Where ``s·B₀·A₀`` is taken off the base: ``weight``, ``adapter`` (two more frozen
+            factors: exact, for quantised or bfloat16 bases), ``auto``: ``adapter`` where quantised.
+        seed: For ``direction="random"``.
+    """
+
+    direction: Literal["LoRA-GA", "ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"  # type: ignore[assignment]
+    scale: Scale = "stable"  # type: ignore[assignment]
+    stable_gamma: float = 16  # type: ignore[assignment]
+    objective: Objective = "gradient"
+    norm_clip: bool = False
+    shift: Shift = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choices("LoraGAConfig", self, direction=[name for name in DIRECTIONS if name != "LoRA-One"])
+
+    def start(self) -> GradientStart:
+        """The settings as the mathematics takes them."""
+        return GradientStart(
+            direction=self.direction,
+            scale=self.scale,
+            gamma=self.stable_gamma,
+            objective=self.objective,
+            norm_clip=self.norm_clip,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class LoraOneConfig:
+    """LoRA-One (arXiv 2502.01235); goes into ``LoraConfig(init_lora_weights="lora_one")``.
+
+    Attributes:
+        scale: ``stable`` (``1/√γ`` on each factor), ``gd_scale``, ``unit`` or ``weight_svd``.
+        stable_gamma: γ.
+        normalize: ``spectral`` divides the singular values by the largest (Algorithm 1); ``none`` is the
+            plain gradient step.
+        objective: ``gradient``, or ``sign`` for Adam's first step.
+        norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
+    """
+
+    scale: Scale = "stable"
+    stable_gamma: float = 128
+    normalize: Literal["spectral", "none"] = "spectral"
+    objective: Objective = "gradient"
+    norm_clip: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choices("LoraOneConfig", self, normalize=["spectral", "none"])
+
+    def start(self) -> GradientStart:
+        """The settings as the mathematics takes them."""
+        return GradientStart(
+            direction="LoRA-One",
+            scale=self.scale,
+            gamma=self.stable_gamma,
+            normalize=self.normalize,
+            objective=self.objective,
+            norm_clip=self.norm_clip,
+        )
+
+
+@dataclass
+class LoraConfig(peft.LoraConfig):
+    """PEFT's ``LoraConfig`` with two more values of ``init_lora_weights``: ``lora_ga``, ``lora_one``."""
+
+    lora_one_config: LoraOneConfig | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = self.init_lora_weights
+        if kind in _KINDS:
+            _start_config(self)
+            self.init_lora_weights = f"{kind}{_MARK}"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    layers: dict[str, LayerEstimate]
+
+
+def preprocess_loraga(
+    model: Any,
+    lora_config: peft.LoraConfig,
+    train_step: Callable[[], None] | None = None,
+    cache_file: str | Path | None = None,
+) -> None:
+    """Estimates the gradients that ``get_peft_model`` starts the adapters from.
+
+    The gradient is the mean over the model calls of ``train_step`` whose output takes part in a
+    backward pass, summed in float32; with ``torch.distributed`` running, also over its processes.
+    Dropout is off meanwhile. Gradients are taken away as they are made, so that zeroing them between
+    batches does no harm; stepping an optimiser is an error. The result stays with ``lora_config``, so
+    that it also serves another copy of the model, such as a quantised one.
+
+    Args:
+        model: The pretrained model, without adapters; 4-bit and 8-bit bitsandbytes models included.
+        lora_config: With ``init_lora_weights="lora_ga"`` and a ``lora_ga_config``, or ``"lora_one"`` and a
+            ``lora_one_config``.
+        train_step: Runs forward and backward passes of ``model``. Not called where ``cache_file`` exists.
+        cache_file: Where the estimates are kept (safetensors, whatever its name), and read if it exists.
+
+    Raises:
+        UserError: If the config has no gradient start, no backward pass reaches a target, its gradient
+            is zero or not finite, a target cannot take an adapter, or the cache does not fit.
+    """
+    start = _start_config(lora_config).start()
+    conflict = start.conflict()
+    if conflict is not None:
+        raise UserError(f"{conflict[0]}: {conflict[1]}")
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise UserError("the model already has adapters; estimate the gradients before get_peft_model")
+    ranks = resolve_ranks(model, lora_config, start)
+    cache = Path(cache_file) if cache_file is not None else None
+    if cache is not None and cache.is_file() and cache.stat().st_size:
+        layers = load_estimates(cache, start)
+        _check_fit(model, layers, ranks, start, str(cache))
+    else:
+        layers = _estimate(model, ranks, start, train_step)
+        if cache is not None and _is_main():
+            save_estimates(cache, layers, start)
+    lora_config._lora_one_prepared = _Prepared(layers)  # type: ignore[attr-defined]
+
+
+preprocess_lora_one = preprocess_loraga
+
+
+def get_peft_model(
+    model: Any, peft_config: peft.PeftConfig, adapter_name: str = "default", **settings: Any
+) -> Any:
+    """PEFT's ``get_peft_model``, with the starts ``lora_ga`` and ``lora_one``.
+
+    Args:
+        model: The pretrained model; for LoRA-GA its weights are shifted in place.
+        peft_config: What ``preprocess_loraga`` has prepared, or any other config of PEFT's.
+        adapter_name: Name of the adapter.
+        settings: Passed on to PEFT.
+
+    Returns:
+        A PEFT model. Its ``save_pretrained`` writes an adapter for the untouched base model (LoRA-GA: of
+        rank 2r), its ``init_report`` says what the start did.
+
+    Raises:
+        UserError: If the gradients were not prepared, or for another model.
+    """
+    if not _is_gradient_start(peft_config):
+        return peft.get_peft_model(model, peft_config, adapter_name=adapter_name, **settings)
+    assert isinstance(peft_config, peft.LoraConfig)
+    config = _start_config(peft_config)
+    prepared = getattr(peft_config, "_lora_one_prepared", None)
+    if prepared is None:
+        name = _KINDS[_kind(peft_config)]
+        raise UserError(f"no gradients: call {name}(model, lora_config, train_step) before get_peft_model")
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise UserError("the model already has adapters; a gradient start needs a model without")
+    start = config.start()
+    ranks = resolve_ranks(model, peft_config, start)
+    _check_fit(model, prepared.layers, ranks, start, "the prepared gradients")
+    settle(model)
+    adapted = peft.get_peft_model(model, _stock(peft_config), adapter_name=adapter_name, **settings)
+    inits = gradient_starts(
+        {name: prepared.layers[name] for name in ranks},
+        start,
+        ranks=ranks,
+        scalings=adapters.scalings(adapted, adapter_name),
+        read_weight=adapters.weight_reader(adapted),
+    )
+    report = adapters.apply_init(adapted, inits, shift=getattr(config, "shift", "auto"), adapter=adapter_name)
+    settle(model)
+    if report.shift and peft_config.lora_dropout > 0:
+        warnings.warn(
+            "lora_dropout > 0 with LoRA-GA: dropout acts on the adapter and not on the shifted base, so the "
+            "model starts at the pretrained function in eval mode only; use lora_dropout=0",
+            stacklevel=2,
+        )
+    return make_portable(adapted, adapters.stored_init(adapted, inits, adapter_name), report, adapter_name)
+
+
+def resolve_ranks(model: Any, config: peft.LoraConfig, start: GradientStart) -> dict[str, int]:
+    """The layers that PEFT would adapt, and the rank of each.
+
+    Raises:
+        UserError: If there is none, one cannot take an adapter, or has too few directions for its rank.
+    """
+    if config.target_parameters or config.layer_replication:
+        raise UserError("target_parameters, layer_replication: not with a gradient start; use target_modules")
+    resolved: Any = copy.copy(config)
+    if resolved.target_modules is None and not hasattr(model, "config"):
+        raise UserError("target_modules: is required for this model")
+    if resolved.target_modules is None:
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+        if known is None:
+            raise UserError(f"target_modules: is required for a {model.config.model_type} model")
+        resolved.target_modules = set(known)
+    resolved = _maybe_include_all_linear_layers(resolved, model)
+    ranks = {}
+    for name, module in model.named_modules():
+        if not name or not check_target_module_exists(resolved, name):
+            continue
+        reason = why_unsupported(module)
+        if reason is not None:
+            raise UserError(f"target_modules: {name} cannot take an adapter, {reason}")
+        pattern = config.rank_pattern or {}
+        ranks[name] = rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+        needed, limit = start.triplets_needed(rank), min(shape_OI(module))
+        if needed > limit:
+            raise UserError(
+                f"r={rank}: {name} has rank {limit}, but the start needs {needed} directions of it"
+            )
+    if not ranks:
+        raise UserError(f"target_modules={config.target_modules}: matches no layer of the model")
+    return ranks
+
+
+def _estimate(
+    model: Any, ranks: Mapping[str, int], start: GradientStart, train_step: Callable[[], None] | None
+) -> dict[str, LayerEstimate]:
+    if not callable(train_step):
+        raise UserError("train_step: give a function that runs forward and backward passes of the model")
+    before = {name: model.get_submodule(name).weight._version for name in ranks}
+    with collect_gradients(model, list(ranks)) as sums, torch.enable_grad():
+        train_step()
+    _check_reached(model, sums, ranks, before)
+    n_calls = _sum_over_processes(sums)
+    generator = torch.Generator().manual_seed(start.seed)
+    layers = {}
+    for name, rank in ranks.items():
+        device = model.get_submodule(name).weight.device
+        layers[name] = reduce_gradient(name, sums.G_OI[name].to(device) / n_calls, start, rank, generator)
+    return layers
+
+
+def _check_reached(
+    model: nn.Module, sums: GradientSums, ranks: Mapping[str, int], before: Mapping[str, int]
+) -> None:
+    if not sums.reached:
+        raise UserError(
+            "train_step: no gradient arrived; call loss.backward() on a loss of this model, for every batch"
+        )
+    for name in ranks:
+        if name not in sums.reached:
+            raise UserError(
+                f"{name}: no gradient reached it; the forward pass of train_step does not use this layer, "
+                "leave it out of target_modules"
+            )
+        if model.get_submodule(name).weight._version != before[name]:
+            raise UserError(f"{name}: train_step changed its weight; do not step an optimiser in it")
+
+
+def _sum_over_processes(sums: GradientSums) -> int:
+    calls = torch.tensor(max(sums.n_calls, 1))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        for tensor in [calls, *sums.unique()]:
+            shared = tensor.to(device)
+            dist.all_reduce(shared)
+            tensor.copy_(shared)
+    return int(calls)
+
+
+def _check_fit(
+    model: nn.Module,
+    layers: Mapping[str, LayerEstimate],
+    ranks: Mapping[str, int],
+    start: GradientStart,
+    what: str,
+) -> None:
+    """Raises UserError if estimates were made for other layers, shapes or ranks."""
+    for name, rank in ranks.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise UserError(f"{what}: hold nothing on {name}; estimate them for this model and these targets")
+        if isinstance(layer, Triplets):
+            shape, enough = (
+                (len(layer.U_OK), len(layer.V_IK)),
+                layer.S_K.numel() >= start.triplets_needed(rank),
+            )
+        else:
+            shape = (len(layer.B_OR), layer.A_RI.shape[1])
+            enough = layer.A_RI.shape[0] == rank
+        if shape != shape_OI(model.get_submodule(name)):
+            raise UserError(f"{what}: {name} is {shape[0]} x {shape[1]} there; they belong to another model")
+        if not enough:
+            raise UserError(f"{what}: made for another rank than {rank} of {name}; estimate them again")
+
+
+def _start_config(config: Any) -> LoraGAConfig | LoraOneConfig:
+    kind = _kind(config)
+    if kind == "lora_one":
+        if not isinstance(getattr(config, "lora_one_config", None), LoraOneConfig):
+            raise UserError('init_lora_weights="lora_one": give lora_one_config=LoraOneConfig(...)')
+        return config.lora_one_config
+    if kind == "lora_ga":
+        given = config.lora_ga_config
+        if given is None:
+            raise UserError('init_lora_weights="lora_ga": give lora_ga_config=LoraGAConfig(...)')
+        if isinstance(given, LoraGAConfig):
+            return given
+        return LoraGAConfig(direction=given.direction, scale=given.scale, stable_gamma=given.stable_gamma)
+    raise UserError(
+        f'init_lora_weights={config.init_lora_weights!r}: no gradient start; use "lora_ga" or "lora_one"'
+    )
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config, "init_lora_weights", "")).removesuffix(_MARK)
+
+
+def _is_gradient_start(config: Any) -> bool:
+    return isinstance(config, peft.LoraConfig) and _kind(config) in _KINDS
+
+
+def _stock(config: peft.LoraConfig) -> peft.LoraConfig:
+    """The same adapter as a config of PEFT's own, with PEFT's own start."""
+    names = [item.name for item in dataclasses.fields(peft.LoraConfig) if item.init]
+    settings = {name: copy.copy(getattr(config, name)) for name in names}
+    return peft.LoraConfig(**settings | {"init_lora_weights": True, "lora_ga_config": None})
+
+
+def _check_choices(owner: str, config: Any, **choices: list[str]) -> None:
+    choices |= {"scale": [*SCALES, *SCALE_ALIASES], "objective": ["gradient", "sign", "adam"]}
+    for key, valid in choices.items():
+        value = getattr(config, key)
+        if value not in valid:
+            raise UserError(f"{owner}: {key}={value!r}; valid: {', '.join(valid)}")
+    if not config.stable_gamma > 0:
+        raise UserError(f"{owner}: stable_gamma={config.stable_gamma}; it must be above 0")
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
