@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lora_one.errors import UserError
 from lora_one.objectives import AdamFactors
@@ -18,7 +19,8 @@ _FORMAT = "lora-one gradients 1"
 
 def save_estimates(path: Path, layers: Mapping[str, LayerEstimate], start: GradientStart) -> None:
     """Writes the estimates in one piece, as safetensors whatever the file is called."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, list[float]] = {}
     for name, layer in layers.items():
         if isinstance(layer, Triplets):
             parts = {"U_OK": layer.U_OK, "S_K": layer.S_K, "V_IK": layer.V_IK}
@@ -65,7 +67,8 @@ def load_estimates(path: Path, start: GradientStart) -> dict[str, LayerEstimate]
 def _layer(name: str, tensors: Mapping[str, Any], numbers: list[float]) -> LayerEstimate:
     if f"{name}/A_RI" in tensors:
         return AdamFactors(tensors[f"{name}/A_RI"], tensors[f"{name}/B_OR"], *numbers)
-    return Triplets(*(tensors[f"{name}/{part}"] for part in ("U_OK", "S_K", "V_IK")), norm=numbers[0])
+    U_OK, S_K, V_IK = (tensors[f"{name}/{part}"] for part in ("U_OK", "S_K", "V_IK"))
+    return Triplets(U_OK, S_K, V_IK, numbers[0])
 
 
 def _identity(start: GradientStart) -> dict[str, Any]:

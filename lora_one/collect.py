@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_one.layers import quantisation, shape_OI, to_OI, unpack
+from lora_one.layers import quantisation, settle, shape_OI, to_OI
 
 
 class GradientSums:
@@ -48,9 +48,10 @@ def collect_gradients(model: Any, targets: Sequence[str]) -> Iterator[GradientSu
         model: The pretrained model, without adapters; on any device, quantised or not.
         targets: Names of linear layers.
     """
+    settle(model)
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    kept = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     _without_dropout(model)
     model.requires_grad_(False)
     sums = GradientSums()
@@ -93,7 +94,6 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
 
 def _from_activations(layer: Any, name: str, sums: GradientSums) -> Any:
     G_OI = sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
-    unpack(layer)
 
     def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x_NI = inputs[0].detach().flatten(0, -2)

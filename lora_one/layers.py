@@ -56,9 +56,7 @@ def read_weight(layer: Any) -> Tensor:
     """The weight (out, in), dequantised, in float32 on the layer's device; a copy."""
     if quantisation(layer) is None:
         return to_OI(layer, layer.weight).to(torch.float32, copy=True)
-    if quantisation(layer) == "8bit":
-        _settle_layer(layer)
-    unpack(layer)
+    _settle_layer(layer)
     return dequantize_module_weight(layer).detach().to(torch.float32, copy=True)
 
 
@@ -84,30 +82,24 @@ def write_weight(layer: Any, W_OI: Tensor) -> None:
         layer.state.CB = layer.state.SCB = None
 
 
-def unpack(layer: Any) -> None:
-    """Undoes and forbids the repacking of 4-bit weights that bitsandbytes does for inference on some CPUs.
-
-    Repacked weights can neither be read nor differentiated, and compute in bfloat16.
-    """
-    if quantisation(layer) == "4bit" and layer.weight.device.type == "cpu":
-        layer.support_avx512bf16_for_cpu = False
-        layer.state_dict()  # bitsandbytes puts the weights back in order before it hands them out
-
-
 def settle(model: nn.Module) -> None:
-    """Puts the scales of 8-bit weights back where moving to a device looks for them.
+    """Makes quantised layers fit to be read, moved and differentiated, after whatever passes they saw.
 
-    The first forward pass of bitsandbytes moves them away from the weight, and moving the weight, even
-    to the device where it is already, loses them then.
+    The first forward pass of bitsandbytes moves the scales of 8-bit weights away from the weight, and
+    moving the weight, even to the device where it is already, loses them then. For inference on some
+    CPUs it repacks 4-bit weights; those can neither be read nor differentiated, and compute in bfloat16.
     """
     for layer in model.modules():
-        if quantisation(layer) == "8bit":
-            _settle_layer(layer)
+        _settle_layer(layer)
 
 
 def _settle_layer(layer: Any) -> None:
-    if layer.state.SCB is not None:
+    kind = quantisation(layer)
+    if kind == "8bit" and layer.state.CB is not None and layer.state.SCB is not None:
         layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
+    if kind == "4bit" and layer.weight.device.type == "cpu":
+        layer.support_avx512bf16_for_cpu = False
+        layer.state_dict()  # bitsandbytes puts the weights back in order before it hands them out
 
 
 def separate_weight(model: nn.Module, layer: Any) -> None:

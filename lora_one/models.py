@@ -21,7 +21,7 @@ from transformers import (
 from lora_one.config import ExperimentConfig, ModelConfig, PeftConfig
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
-from lora_one.layers import is_linear, quantisation, shape_OI, unpack, why_unsupported
+from lora_one.layers import is_linear, quantisation, settle, shape_OI, why_unsupported
 
 EMBEDDED_MODEL = "embedded/tiny_llama"
 _EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "tiny_llama"
@@ -262,10 +262,10 @@ def _quantised(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def _check_quantised(model: Any, config: ModelConfig) -> None:
     """Bitsandbytes quantises in blocks of 64 inputs; narrower rows come out wrong on some devices."""
+    settle(model)
     for name, layer in model.named_modules():
         if quantisation(layer) != "4bit":
             continue
-        unpack(layer)
         if layer.in_features % 64:
             raise UserError(
                 f"model.quantization=4bit: {name} has {layer.in_features} inputs, which is no multiple of "

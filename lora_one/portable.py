@@ -95,7 +95,7 @@ def export_adapter(model: PeftModel, inits: Mapping[str, AdapterInit], folder: P
         inits: The stored starts; empty for a start with ``B = 0``.
         folder: Created whole or not at all.
     """
-    state = portable_state(get_peft_model_state_dict(model), inits)
+    state = portable_state(get_peft_model_state_dict(model, save_embedding_layers=False), inits)
     shifts_base = any(init.shifts_base for init in inits.values())
     config: Any = portable_config(model.peft_config[ADAPTER], shifts_base)  # type: ignore[arg-type]
     with whole_folder(folder) as partial:

@@ -61,6 +61,9 @@ class PortableMixin:
                 f"path_initial_model_for_weight_conversion={base}: holds no saved model; "
                 "give the folder of model.save_pretrained(...) from before the preprocessing"
             )
+        if self._shifts_base():
+            # PEFT would write a targeted output head itself too: here, its shifted weight.
+            settings.setdefault("save_embedding_layers", False)
         with self._portable_config(base):
             super().save_pretrained(  # type: ignore[misc]
                 save_directory, *arguments, state_dict=self._portable_state(state_dict), **settings

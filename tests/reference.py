@@ -112,16 +112,17 @@ def simple_std(kind, factor, *, d_out, d_in, r, std):
     }[kind]
 
 
-def simple_bound(d_in, a=np.sqrt(5)):
-    """Largest entry of a Kaiming-uniform A."""
-    return np.sqrt(2 / (1 + a**2)) * np.sqrt(3 / d_in)
+def simple_bound(d_in):
+    """Largest entry of a Kaiming-uniform A, with a = √5."""
+    gain = np.sqrt(2 / (1 + np.sqrt(5) ** 2))
+    return gain * np.sqrt(3 / d_in)
 
 
 def print_table():
     """Singular values, scales and factor norms for one small gradient and weight."""
     rng = np.random.default_rng(0)
     G_OI, W_OI = rng.standard_normal((6, 5)) * 1e-3, rng.standard_normal((6, 5))
-    settings = {"r": 2, "gamma": 16.0, "s": 4.0, "W_OI": W_OI}
+    settings = {"r": 2, "gamma": 16.0, "s": 8.0, "W_OI": W_OI}
     print("S(G) " + " ".join(f"{value:.6e}" for value in svd(G_OI)[1]))
     print(f"{'direction':<10}{'scale':<9}{'A[0,0]':>12}{'B[0,0]':>12}{'max|BA|':>12}")
     for direction in ("LoRA-One", *INDEX_SETS):
