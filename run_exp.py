@@ -31,10 +31,12 @@ from transformers.utils import logging as transformers_logging
 
 from eval.gsm8k import evaluate_gsm8k
 from lora_one import portable, training
+from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.errors import UserError
 from lora_one.gradients import GradientEstimate, estimate_gradient, gradient_batches, sample_indices
+from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.inits import AdapterInit
 from lora_one.models import LoadedModel, adapter_ranks, load_model, load_tokenizer
@@ -69,6 +71,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
         tracker.summarise(run.record.figures())
     if run.processes.is_main:
         export_merged(config, model, loaded, run)
+        write_cards(run)
         plot_run(run.record, run.folder)
 
 
@@ -208,6 +211,25 @@ def export_merged(config: ExperimentConfig, model: Any, loaded: LoadedModel, run
             portable.save_model(model, loaded.tokenizer, run.folder / "merged")
 
 
+def write_cards(run: Run) -> None:
+    """A model card beside everything that can be taken away."""
+    for folder in (run.folder / "adapter", run.folder / "merged"):
+        if folder.is_dir():
+            write_text(folder / "README.md", model_card(run.record, folder))
+
+
+def publish(config: ExperimentConfig, run: Run) -> None:
+    """The finished adapter, or the fully fine-tuned model, to the Hub where asked.
+
+    Raises:
+        UserError: If the Hub refuses; the run is finished all the same, and the same command tries again.
+    """
+    if config.model.push_to_hub is None or not run.processes.is_main:
+        return
+    folder = run.folder / ("adapter" if config.peft.use_peft else "merged")
+    run.processes.say(f"pushed to {push_folder(folder, config.model.push_to_hub)}")
+
+
 def add_outputs(config: ExperimentConfig, run: Run) -> None:
     """A finished run is left alone; asked for another output, only that is made."""
     assert run.previous is not None
@@ -223,8 +245,10 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     if wants_test:
         run.record.metrics.pop("test", None)
         evaluate("test", config, portable.load_trained(loaded, run.folder), data, loaded, run)
-    if wants_merged and run.processes.is_main:
-        export_merged(config, None, loaded, run)
+    if run.processes.is_main:
+        if wants_merged:
+            export_merged(config, None, loaded, run)
+        write_cards(run)
     run.processes.say(run.summary())
 
 
@@ -259,6 +283,7 @@ def start(composed: DictConfig) -> None:
     except BaseException as error:
         run.close(error)
         raise
+    publish(config, run)
 
 
 def job(composed: DictConfig, exit_codes: list[int]) -> None:

@@ -90,6 +90,7 @@ class ModelConfig(Section):
     save_steps: int = Field(500, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
     saving: bool = Field(False, description="write the merged model too")
+    push_to_hub: str | None = Field(None, description="private Hub repository for the finished adapter")
 
 
 class PeftConfig(Section):
@@ -233,7 +234,7 @@ class ExperimentConfig(Section):
 _OUTPUT_KEYS: dict[str, set[str]] = {
     "": {"dry_run", "results_dir", "wandb", "eval"},
     "dataset": {"rows"},
-    "model": {"shape", "saving", "save_steps", "logging_steps", "prec_reg"},
+    "model": {"shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg"},
 }
 
 
@@ -380,6 +381,7 @@ def _check_adapter(peft: PeftConfig, init: InitConfig) -> None:
 def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
     peft, init = config.peft, config.init
     without_effect = {
+        **{f"peft.{key}": (not peft.use_peft, "peft=all") for key in PeftConfig.model_fields},
         "init.sub_size": (init.do_subsampling is None, "init.do_subsampling=true"),
         "init.normalize": (init.direction != "LoRA-One", "init.direction=LoRA-One"),
         "init.stable_gamma": (init.scale != "stable", "init.scale=stable"),
@@ -387,12 +389,8 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
         "init.lora_B_std": (init.lora_B != "gaussian", "init.lora_B=gaussian"),
         "peft.lora_r": (peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
         "peft.loraplus_lr_ratio": (not peft.use_loraplus, "peft.use_loraplus=true"),
-        **{
-            f"peft.{key}": (not peft.use_peft, "peft=all")
-            for key in PeftConfig.model_fields
-            if key != "use_peft"
-        },
     }
+    without_effect.pop("peft.use_peft")
     for key, (is_idle, remedy) in without_effect.items():
         if key in named and is_idle:
             raise UserError(f"{key}: has no effect here; leave it out, or use {remedy}")

@@ -1,6 +1,29 @@
-"""One line for the many ways in which the Hugging Face Hub can be out of reach."""
+"""The Hugging Face Hub: pushing to it, and one line for the many ways in which it is out of reach."""
 
+from pathlib import Path
+
+from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
+
+from lora_one.errors import UserError
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Uploads a folder to a model repository of the Hub, made private where it does not exist.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: If the Hub cannot be reached or refuses.
+    """
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except Exception as error:
+        raise UserError(f"model.push_to_hub={repository}: {offline_hint(error)}; {folder} is kept") from error
+    return str(address)
 
 
 def offline_hint(error: BaseException) -> str:

@@ -103,6 +103,8 @@ def init_factors(
         raise ValueError(f"{direction} at rank {rank} needs {needed} singular triplets, got {S_K.numel()}")
     factor = _scale_factor(scale, direction, gamma, scaling, U_OK.shape[0], rank, weight_sigma_K)
     if direction == "LoRA-One":
+        if normalize not in ("spectral", "none"):
+            raise ValueError(f"unknown normalize {normalize!r}; valid: spectral, none")
         sigma_R = S_K[:rank] / S_K[0] if normalize == "spectral" else S_K[:rank]
         root_R = sigma_R.sqrt() * factor
         return AdapterInit((V_IK[:, :rank] * root_R).T, -U_OK[:, :rank] * root_R, shifts_base=False)
@@ -166,6 +168,8 @@ def weight_factors(
         gamma: For ``stable``.
         scaling: The adapter's s.
     """
+    if S_K.numel() < rank:
+        raise ValueError(f"a start of rank {rank} needs as many singular triplets, got {S_K.numel()}")
     left, right, sigma_R = U_OK[:, :rank], V_IK[:, :rank], S_K[:rank]
     if scale == "default":
         factor_B = factor_A = (sigma_R / scaling).sqrt()

@@ -59,7 +59,7 @@ class LoraGAConfig(PeftLoraGAConfig):
         objective: ``gradient``, or for Adam's first step ``sign`` or ``adam``; see ``objectives``.
         norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
         shift: Where ``s·B₀·A₀`` is taken off the base: ``weight``, ``adapter`` (two more frozen
-            factors: exact, for quantised or bfloat16 bases), ``auto``: ``adapter`` where quantised.
+            factors, exact on a quantised base), ``auto``: ``adapter`` where quantised.
         seed: For ``direction="random"``.
     """
 

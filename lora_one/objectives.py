@@ -113,5 +113,6 @@ def _adam_step(G_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
 
 def _best_common_factor(G_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> tuple[Tensor, Tensor]:
     step_OI, target_OI = _adam_step(G_OI, A_RI, B_OR), G_OI.sign()
-    factor = (step_OI * target_OI).sum() / step_OI.square().sum()
+    # The step is as large for -c as for c.
+    factor = ((step_OI * target_OI).sum() / step_OI.square().sum()).clamp(min=0)
     return A_RI * factor, B_OR * factor

@@ -44,7 +44,7 @@ def check_gradient(name: str, G_OI: Tensor) -> float:
     Raises:
         UserError: If it is zero or not finite, naming the target.
     """
-    norm = float(torch.linalg.norm(G_OI))
+    norm = float(torch.linalg.vector_norm(G_OI, dtype=torch.float64))
     if not math.isfinite(norm):
         raise UserError(f"{name}: its gradient is not finite; check the data, or use model.bf16=false")
     if norm == 0.0:

@@ -333,7 +333,7 @@ def test_half_precision_bases_lose_no_more_than_their_rounding(dtype):
         assert relative(read_weight(layer.get_base_layer()) + product, W_OI) < bound
 
 
-def test_shift_in_the_adapter_is_exact_on_a_bfloat16_base():
+def test_shift_in_the_adapter_leaves_a_bfloat16_base_as_it_is():
     base = build("linear").to(torch.bfloat16)
     weight = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
     model = adapted(base, config_of("linear", "ArB2r", shift="adapter"))
