@@ -6,15 +6,18 @@ gradient, ``B_OR`` and ``A_RI`` are PEFT's ``lora_B`` and ``lora_A``, and an ada
 ``x (W_OI + s · B_OR A_RI)ᵀ`` with ``s = alpha / r``, or ``alpha / √r`` with rsLoRA.
 """
 
-from lora_one.errors import UserError
-from lora_one.library import (
-    LoraConfig,
-    LoraGAConfig,
-    LoraOneConfig,
-    get_peft_model,
-    preprocess_lora_one,
-    preprocess_loraga,
-)
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_one.errors import UserError
+    from lora_one.library import (
+        LoraConfig,
+        LoraGAConfig,
+        LoraOneConfig,
+        get_peft_model,
+        preprocess_lora_one,
+        preprocess_loraga,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,3 +30,12 @@ __all__ = [
     "preprocess_lora_one",
     "preprocess_loraga",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The library when it is asked for: its imports take seconds, which a table of results need not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lora_one import errors, library
+
+    return getattr(errors if name == "UserError" else library, name)

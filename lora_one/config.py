@@ -380,17 +380,16 @@ def _check_adapter(peft: PeftConfig, init: InitConfig) -> None:
 
 def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
     peft, init = config.peft, config.init
-    without_effect = {
-        **{f"peft.{key}": (not peft.use_peft, "peft=all") for key in PeftConfig.model_fields},
-        "init.sub_size": (init.do_subsampling is None, "init.do_subsampling=true"),
-        "init.normalize": (init.direction != "LoRA-One", "init.direction=LoRA-One"),
-        "init.stable_gamma": (init.scale != "stable", "init.scale=stable"),
-        "init.lora_A_std": (init.lora_A != "gaussian", "init.lora_A=gaussian"),
-        "init.lora_B_std": (init.lora_B != "gaussian", "init.lora_B=gaussian"),
-        "peft.lora_r": (peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
-        "peft.loraplus_lr_ratio": (not peft.use_loraplus, "peft.use_loraplus=true"),
-    }
-    without_effect.pop("peft.use_peft")
-    for key, (is_idle, remedy) in without_effect.items():
-        if key in named and is_idle:
+    without_effect = [(f"peft.{key}", not peft.use_peft, "peft=all") for key in PeftConfig.model_fields]
+    without_effect += [
+        ("init.sub_size", init.do_subsampling is None, "init.do_subsampling=true"),
+        ("init.normalize", init.direction != "LoRA-One", "init.direction=LoRA-One"),
+        ("init.stable_gamma", init.scale != "stable", "init.scale=stable"),
+        ("init.lora_A_std", init.lora_A != "gaussian", "init.lora_A=gaussian"),
+        ("init.lora_B_std", init.lora_B != "gaussian", "init.lora_B=gaussian"),
+        ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
+        ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
+    ]
+    for key, is_idle, remedy in without_effect:
+        if key in named and is_idle and key != "peft.use_peft":
             raise UserError(f"{key}: has no effect here; leave it out, or use {remedy}")

@@ -99,7 +99,12 @@ def _settle_layer(layer: Any) -> None:
         layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
     if kind == "4bit" and layer.weight.device.type == "cpu":
         layer.support_avx512bf16_for_cpu = False
-        layer.state_dict()  # bitsandbytes puts the weights back in order before it hands them out
+        state = layer.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            layer.state_dict()  # bitsandbytes puts the weights back in order before it hands them out,
+            state = layer.weight.quant_state
+            if not state.nested:  # but not their scales, which it leaves transposed
+                state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def separate_weight(model: nn.Module, layer: Any) -> None:

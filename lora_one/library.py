@@ -264,7 +264,9 @@ def resolve_ranks(model: Any, config: peft.LoraConfig, start: GradientStart) -> 
         ranks[name] = rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
         needed, limit = start.triplets_needed(rank), min(shape_OI(module))
         if needed > limit:
-            raise UserError(f"r={rank}: the start needs {needed} directions, but {name} has rank {limit}")
+            raise UserError(
+                f"r={rank}: the start needs {needed} directions, but {name} has rank {limit}; lower r"
+            )
     if not ranks:
         raise UserError(f"target_modules={config.target_modules}: matches no layer of the model")
     return ranks

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it complains when it is imported
 
 import datasets
 import numpy as np
@@ -176,7 +177,8 @@ def report(stage: str, model: Any, blocks: Any, batch_size: int) -> None:
     for batch in DataLoader(blocks, batch_size):
         ids = batch["input_ids"].to(model.device)
         total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
-    print(f"perplexity {stage + ':':22}{math.exp(total / len(blocks)):.4f}", flush=True)
+    value = torch.tensor(total / len(blocks), dtype=torch.float64).exp().item()
+    print(f"perplexity {stage + ':':22}{value:.4f}", flush=True)
 
 
 def fine_tune(args: argparse.Namespace) -> None:
@@ -209,7 +211,10 @@ def fine_tune(args: argparse.Namespace) -> None:
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """The settings of the Trainer."""
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir}: {error.strerror}; give another folder") from error
     return TrainingArguments(
         args.output_dir,
         per_device_train_batch_size=args.batch_size,
@@ -268,6 +273,8 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: give a number above 0")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout}: give a number from 0 to below 1")
+    if args.cache_file is not None and args.cache_file.is_dir():
+        raise UserError(f"--cache_file {args.cache_file}: is a folder; give the name of a file")
     if args.stable_gamma is None:
         args.stable_gamma = 128 if args.direction == "LoRA-One" else 16
     if args.target_modules == ["all-linear"]:
@@ -281,7 +288,6 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     # PEFT sets it where GPT-2 needs it, and asks transformers by a name that will go.
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to|.is_gradient_checkpointing. is depre")
     try:

@@ -11,6 +11,8 @@ from typing import Any
 
 # Read at import: no test may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests run side by side; more threads than cores are many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -24,8 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 EMBEDDED = ROOT / "lora_one" / "assets" / "tiny_llama"
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
-
-torch.set_num_threads(2)
 
 
 def small_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

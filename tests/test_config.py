@@ -102,7 +102,7 @@ def test_a_dataset_names_its_published_model(dataset, model):
         (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
         (
             ["init=default", "++init.stable_gamma=4"],
-            "init.stable_gamma: gradient settings have no effect with a simple start",
+            "init.stable_gamma: stable_gamma has no effect with init.mode=simple",
         ),
         (["model.name='a"], "cannot read the override"),
         (["init.mode=simple"], "init.mode=simple: .*use init=default"),

@@ -200,13 +200,14 @@ def test_dora_magnitude_is_the_row_norm_of_what_the_layer_computes_with(kind, di
         assert relative(logits(model), logits(build(kind))) < 1e-5
 
 
-def quantised(bits: str, tmp_path) -> nn.Module:
+def quantised(bits: str, tmp_path, double_quantisation: bool = False) -> nn.Module:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if not (tmp_path / "base").exists():
         build("linear").save_pretrained(tmp_path / "base")
     settings = {"load_in_8bit": True} if bits == "8bit" else {"load_in_4bit": True}
     if bits == "4bit":
         settings |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        settings["bnb_4bit_use_double_quant"] = double_quantisation
     config = BitsAndBytesConfig(**settings)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=config, dtype=torch.float32
@@ -233,14 +234,18 @@ def test_gradient_of_a_4_bit_model_is_that_at_its_dequantised_weights(tmp_path):
     assert_gradient_is_that_at_the_dequantised_weights(quantised("4bit", tmp_path), 1e-5)
 
 
-def test_a_generation_before_the_estimate_does_not_spoil_a_4_bit_gradient(tmp_path):
+@pytest.mark.parametrize("double_quantisation", [False, True])
+def test_a_generation_before_the_estimate_does_not_spoil_a_4_bit_gradient(tmp_path, double_quantisation):
     """On some CPUs bitsandbytes repacks the weights for inference; gradients through those are wrong."""
-    model = quantised("4bit", tmp_path)
+    model = quantised("4bit", tmp_path, double_quantisation)
+    before = {name: read_weight(model.get_submodule(name)) for name in targets_of(model, "linear")}
     for layer in model.modules():
         if quantisation(layer) == "4bit":
             layer.support_avx512bf16_for_cpu = type(layer)(64, 64).support_avx512bf16_for_cpu
     logits(model)
     settle(model)
+    for name, W_OI in before.items():
+        assert relative(read_weight(model.get_submodule(name)), W_OI) < 1e-2  # repacked in bfloat16
     assert_gradient_is_that_at_the_dequantised_weights(model, 1e-2)
 
 
