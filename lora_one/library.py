@@ -124,6 +124,7 @@ class LoraOneConfig:
 class LoraConfig(peft.LoraConfig):
     """PEFT's ``LoraConfig`` with two more values of ``init_lora_weights``: ``lora_ga``, ``lora_one``."""
 
+    init_lora_weights: Any = field(default=True)
     lora_one_config: LoraOneConfig | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class LoraConfig(peft.LoraConfig):
         kind = self.init_lora_weights
         if kind in _KINDS:
             _start_config(self)
-            self.init_lora_weights = f"{kind}{_MARK}"  # type: ignore[assignment]
+            self.init_lora_weights = f"{kind}{_MARK}"
 
 
 @dataclass(frozen=True)

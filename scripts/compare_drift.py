@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lora_one import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+from lora_one.adapters import lora_layers
 from lora_one.data.tiny import problems
 from lora_one.errors import UserError
 from lora_one.layers import settle
@@ -84,7 +85,8 @@ def start_here(model: Any, batches: list[Tensor], settings: dict[str, Any], shif
 
 def start_by_peft(model: Any, batches: list[Tensor], settings: dict[str, Any]) -> Any:
     """PEFT's ``lora_ga``."""
-    config = peft.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=PeftLoraGAConfig(), **settings)
+    init: Any = "lora_ga"
+    config = peft.LoraConfig(init_lora_weights=init, lora_ga_config=PeftLoraGAConfig(), **settings)
     peft_preprocess_loraga(model, config, lambda: backward(model, batches))
     return peft.get_peft_model(model, config)
 
@@ -92,10 +94,9 @@ def start_by_peft(model: Any, batches: list[Tensor], settings: dict[str, Any]) -
 def product_norm(model: Any) -> float:
     """Mean of ‖s · B A‖_F over the adapted layers."""
     norms = []
-    for layer in model.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            A_RI, B_OR = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-            norms.append(layer.scaling["default"] * torch.linalg.norm(B_OR @ A_RI).item())
+    for layer in lora_layers(model).values():
+        A_RI, B_OR = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+        norms.append(layer.scaling["default"] * torch.linalg.norm(B_OR @ A_RI).item())
     return sum(norms) / len(norms)
 
 

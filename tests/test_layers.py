@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import small_llama
+from conftest import EMBEDDED, small_llama
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -364,3 +364,33 @@ def test_gradient_checkpointing_of_either_kind_changes_nothing():
             loss_of(model).backward()
         assert sums.n_calls == 1
         assert all(relative(sums.G_OI[name], plain.G_OI[name]) < 1e-5 for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direction", ["LoRA-One", "ArB2r"])
+def test_what_is_trained_on_a_half_precision_base_travels_to_it(dtype, direction, tmp_path):
+    model = adapted(build("linear").to(dtype), config_of("linear", direction))
+    train_a_little(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("linear").to(dtype), str(tmp_path))
+    rounding = relative(logits(build("linear").to(dtype)), logits(build("linear")))
+    assert relative(logits(again), logits(model)) < 10 * rounding
+
+
+def test_drift_of_the_embedded_model_in_bfloat16_is_within_that_of_its_rounding():
+    """At the logits, with the arithmetic in float32, so that only what is stored counts."""
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.bfloat16).eval()
+    exact = logits(AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32))
+    stored = logits(copy.deepcopy(base).float())
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules="all-linear",
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    model = adapted(base, config)
+    ratio = model.init_report.relative_product_norm
+    drift = relative(logits(model.float()), stored)
+    assert drift < 1.2 * (1 + ratio**2) ** 0.5 * relative(stored, exact)
