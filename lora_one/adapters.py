@@ -8,11 +8,13 @@ off its output (``shift="adapter"``), as two more frozen factors.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lora_one.config import PeftConfig
@@ -22,6 +24,7 @@ from lora_one.layers import quantisation, read_weight, separate_weight, settle, 
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
+_TINY = torch.finfo(torch.float32).tiny
 _SHIFT = ("lora_one_shift_A", "lora_one_shift_B")
 
 
@@ -87,7 +90,9 @@ def lora_config(
     )
 
 
-def adalora_config(targets: Sequence[str], config: PeftConfig, rank: int, total_steps: int) -> LoraConfig:
+def adalora_config(
+    targets: Sequence[str], config: PeftConfig, rank: int, total_steps: int, **settings: Any
+) -> LoraConfig:
     """AdaLoRA with the schedule of its paper's examples, for ``total_steps`` optimiser steps.
 
     Every target starts with rank ``⌈1.5 r⌉``; the budget falls to r on average between a tenth and
@@ -110,6 +115,7 @@ def adalora_config(targets: Sequence[str], config: PeftConfig, rank: int, total_
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=list(targets),
+        **settings,
     )
 
 
@@ -134,12 +140,25 @@ def add_adapter(model: Any, config: LoraConfig, seed: int, dtype: torch.dtype = 
     if found != wanted:
         odd = min(found ^ wanted)
         raise UserError(f"peft.lora_target_modules: ambiguous for {odd}; name the layers by their full names")
+    _keep_computing_in(adapted)
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:
             parameter.data = parameter.data.float()
         elif re.search(r"\.lora_[A-Z]", name):
             parameter.data = parameter.data.to(dtype)
     return adapted
+
+
+def _keep_computing_in(model: PeftModel) -> None:
+    """Fits embeddings and head that are trained in float32 into a base of another dtype."""
+    dtype = model.get_base_model().dtype
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not isinstance(end, ModulesToSaveWrapper):
+            continue
+        if isinstance(end.original_module, nn.Embedding):
+            end.register_forward_hook(lambda _, __, output: output.to(dtype))
+        else:
+            end.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
 
 
 def lora_layers(model: PeftModel) -> dict[str, Any]:
@@ -196,8 +215,10 @@ def apply_init(
         layer.lora_B[adapter].weight.copy_(init.B_OR)
         W_OI, product_OI = read_weight(base), _product(layer, adapter)
         norms.append(product_OI.norm().item())
-        ratios.append(norms[-1] / W_OI.norm().item())
+        ratios.append(norms[-1] / max(W_OI.norm().item(), _TINY))
         if init.shifts_base:
+            if adapter in getattr(layer, "lora_magnitude_vector", {}):
+                check_dora(name, base, shift)
             places.add(_shift(model, name, layer, W_OI - product_OI, shift, adapter))
             if shift_place(base, shift) == "weight":
                 drifts.append(_relative(read_weight(base) + product_OI, W_OI))
@@ -241,6 +262,15 @@ def shift_place(base: nn.Module, shift: str) -> str:
     return shift
 
 
+def check_dora(name: str, base: nn.Module, shift: str) -> None:
+    """Raises UserError if DoRA would read a norm that lacks the shift."""
+    if shift_place(base, shift) == "adapter":
+        raise UserError(
+            f"{name}: DoRA needs the norm of the shifted weight, so the shift cannot be kept in the adapter; "
+            "use shift=weight, or LoRA-One, which shifts nothing"
+        )
+
+
 def keeps_shift_in_adapter(model: PeftModel) -> bool:
     """Whether some layer subtracts its first adapter from its output."""
     return any(hasattr(module, _SHIFT[0]) for module in model.modules())
@@ -253,21 +283,15 @@ def _shift(model: PeftModel, name: str, layer: Any, shifted_OI: Tensor, shift: s
         separate_weight(model, base)
         write_weight(base, shifted_OI)
         return place
-    if adapter in getattr(layer, "lora_magnitude_vector", {}):
-        raise UserError(
-            f"{name}: DoRA needs the norm of the shifted weight, so the shift cannot be kept in the adapter; "
-            "use shift=weight, or direction LoRA-One, which shifts nothing"
-        )
     for buffer, factor in zip(_SHIFT, (layer.lora_A, layer.lora_B), strict=True):
         base.register_buffer(buffer, factor[adapter].weight.detach().clone(), persistent=False)
-    scaling = layer.scaling[adapter]
-
-    def subtract(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        A_RI, B_OR = (getattr(module, buffer) for buffer in _SHIFT)
-        return output - (scaling * (inputs[0].to(A_RI.dtype) @ A_RI.T @ B_OR.T)).to(output.dtype)
-
-    base.register_forward_hook(subtract)
+    base.register_forward_hook(partial(_subtract, layer.scaling[adapter]))
     return place
+
+
+def _subtract(scaling: float, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    A_RI, B_OR = (getattr(layer, buffer) for buffer in _SHIFT)
+    return output - (scaling * (inputs[0].to(A_RI.dtype) @ A_RI.T @ B_OR.T)).to(output.dtype)
 
 
 def _product(layer: Any, adapter: str = ADAPTER) -> Tensor:
@@ -278,7 +302,7 @@ def _product(layer: Any, adapter: str = ADAPTER) -> Tensor:
 
 def _relative(actual: Tensor, expected: Tensor | None) -> float:
     assert expected is not None
-    return ((actual - expected).norm() / expected.norm()).item()
+    return (actual - expected).norm().item() / max(expected.norm().item(), _TINY)
 
 
 def _has_dropout(model: PeftModel, adapter: str) -> bool:

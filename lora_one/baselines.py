@@ -17,7 +17,7 @@ from peft.tuners.lora.corda import preprocess_corda
 
 from lora_one.adapters import ADAPTER, PREFIX, lora_config, lora_layers
 from lora_one.config import ExperimentConfig
-from lora_one.data.batches import Batch
+from lora_one.data.batches import IGNORED, Batch
 from lora_one.errors import UserError
 from lora_one.inits import AdapterInit
 from lora_one.layers import quantisation, shape_OI
@@ -114,6 +114,13 @@ def _captured(
 
 
 def _eva(model: Any, start: LoraConfig, batches: list[Batch]) -> dict[str, AdapterInit]:
+    needed = int(max(start.r, *(start.rank_pattern or {"": 0}).values()) * start.eva_config.rho)  # type: ignore[union-attr]
+    most = max(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    if most < needed:
+        raise UserError(
+            f"init.mode=eva: its batches hold at most {most} target tokens, but {needed} components "
+            "need as many; raise init.bsz, or lower peft.lora_r or init.eva_rho"
+        )
     inputs = [{name: batch[name] for name in ("input_ids", "attention_mask", "labels")} for batch in batches]
     components = get_eva_state_dict(
         model, inputs, peft_config=start, gather_distributed_inputs=False, show_progress_bar=False

@@ -10,16 +10,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_one.errors import UserError
+from lora_one.inits import ALIASES
 from lora_one.objectives import AdamFactors
 from lora_one.starts import GradientStart, LayerEstimate
 from lora_one.triplets import Triplets
 
 _FORMAT = "lora-one gradients 1"
+_SAMPLE = "weight_sample"
 
 
-def save_estimates(path: Path, layers: Mapping[str, LayerEstimate], start: GradientStart) -> None:
-    """Writes the estimates in one piece, as safetensors whatever the file is called."""
-    tensors: dict[str, Tensor] = {}
+def save_estimates(
+    path: Path, layers: Mapping[str, LayerEstimate], start: GradientStart, samples: Mapping[str, Tensor]
+) -> None:
+    """Writes the estimates in one piece, as safetensors whatever the file is called.
+
+    ``samples`` are a few entries of some weights, to know the model by.
+    """
+    tensors: dict[str, Tensor] = {f"{name}/{_SAMPLE}": sample for name, sample in samples.items()}
     numbers: dict[str, list[float]] = {}
     for name, layer in layers.items():
         if isinstance(layer, Triplets):
@@ -29,7 +36,7 @@ def save_estimates(path: Path, layers: Mapping[str, LayerEstimate], start: Gradi
             parts = {"A_RI": layer.A_RI, "B_OR": layer.B_OR}
             numbers[name] = [layer.before, layer.after]
         tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in parts.items()}
-    metadata = {"format": _FORMAT, "start": json.dumps(_identity(start)), "numbers": json.dumps(numbers)}
+    metadata = {"format": _FORMAT, "start": json.dumps(identity(start)), "numbers": json.dumps(numbers)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -40,8 +47,8 @@ def save_estimates(path: Path, layers: Mapping[str, LayerEstimate], start: Gradi
         raise
 
 
-def load_estimates(path: Path, start: GradientStart) -> dict[str, LayerEstimate]:
-    """Reads what ``save_estimates`` wrote.
+def load_estimates(path: Path, start: GradientStart) -> tuple[dict[str, LayerEstimate], dict[str, Tensor]]:
+    """Reads what ``save_estimates`` wrote: the estimates, and the samples of the weights.
 
     Raises:
         UserError: If the file is damaged, or made for another objective.
@@ -55,13 +62,15 @@ def load_estimates(path: Path, start: GradientStart) -> dict[str, LayerEstimate]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and it is made again") from None
-    for key, value in _identity(start).items():
+    for key, value in identity(start).items():
         if stored.get(key) != value:
             raise UserError(
                 f"{path}: made with {key}={stored.get(key)}, but {key}={value} is asked for; "
                 "give another cache_file"
             )
-    return {name: _layer(name, tensors, values) for name, values in numbers.items()}
+    ending = f"/{_SAMPLE}"
+    samples = {key.removesuffix(ending): value for key, value in tensors.items() if key.endswith(ending)}
+    return {name: _layer(name, tensors, values) for name, values in numbers.items()}, samples
 
 
 def _layer(name: str, tensors: Mapping[str, Any], numbers: list[float]) -> LayerEstimate:
@@ -71,8 +80,9 @@ def _layer(name: str, tensors: Mapping[str, Any], numbers: list[float]) -> Layer
     return Triplets(U_OK, S_K, V_IK, numbers[0])
 
 
-def _identity(start: GradientStart) -> dict[str, Any]:
+def identity(start: GradientStart) -> dict[str, Any]:
     """What of the settings the stored numbers depend on; triplets serve every direction and scale."""
     if start.objective != "adam":
         return {"objective": start.objective}
-    return {"objective": start.objective, "direction": start.direction, "seed": start.seed}
+    direction = ALIASES.get(start.direction, start.direction)
+    return {"objective": start.objective, "direction": direction, "seed": start.seed}

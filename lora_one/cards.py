@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_one.config import InitConfig, ModelConfig, PeftConfig
 from lora_one.records import RunRecord
 
 _TRAINING = (
@@ -14,7 +15,23 @@ _TRAINING = (
     "max_length",
     "loss_reduction",
 )
-_ADAPTER = ("lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "dora")
+_ADAPTER = ("lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules")
+# Shown where they are not at their defaults.
+_RARE = {
+    "model": ("quantization", "bf16", "weight_decay"),
+    "peft": (
+        "dora",
+        "adalora",
+        "use_loraplus",
+        "train_embeddings",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_exclude_modules",
+        "layers_to_transform",
+    ),
+    "init": ("shift", "norm_clip", "dtype"),
+}
+_SECTIONS: dict[str, Any] = {"model": ModelConfig, "peft": PeftConfig, "init": InitConfig}
 _INIT = {
     "gradient": ("direction", "scale", "stable_gamma", "normalize", "objective"),
     "svd": ("scale",),
@@ -84,6 +101,9 @@ def _settings(record: RunRecord) -> list[tuple[str, Any]]:
         rows += [(f"peft.{key}", config["peft"][key]) for key in _ADAPTER]
         mode = config["init"]["mode"]
         rows += [("init.mode", mode), *((f"init.{key}", config["init"][key]) for key in _INIT.get(mode, ()))]
+    for group, keys in _RARE.items():
+        fields = _SECTIONS[group].model_fields
+        rows += [(f"{group}.{k}", config[group][k]) for k in keys if config[group][k] != fields[k].default]
     if record.gradient:
         rows.append(("gradient sample", f"{record.gradient['n_examples']} examples"))
     return [*rows, ("seed", record.seed), ("steps", record.training.get("n_steps"))]

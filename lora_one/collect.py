@@ -6,7 +6,7 @@ positions, from the layer's input ``x`` and the gradient ``δ`` of its output.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -52,29 +52,39 @@ def collect_gradients(model: Any, targets: Sequence[str]) -> Iterator[GradientSu
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    _without_dropout(model)
-    model.requires_grad_(False)
     sums = GradientSums()
-    handles = [_count_calls(model, sums), _embeddings_take_gradients(model)]
-    by_weight: dict[int, list[str]] = {}
-    for name in targets:
-        layer = model.get_submodule(name)
-        if quantisation(layer) is None:
-            by_weight.setdefault(id(layer.weight), []).append(name)
-        else:
-            handles.append(_from_activations(layer, name, sums))
-    handles += [_from_autograd(model.get_submodule(names[0]), names, sums) for names in by_weight.values()]
     try:
-        yield sums
+        with ExitStack() as hooks:
+            hooks.enter_context(_no_dropout(model))
+            model.requires_grad_(False)
+            for handle in _watch(model, targets, sums):
+                hooks.callback(handle.remove)
+            yield sums
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
         for parameter, grad in kept:
             parameter.grad = grad
         for module, mode in modes:
             module.training = mode
+
+
+def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[Any]:
+    """Sets the hooks; yields their handles as they are made."""
+    yield _count_calls(model, sums)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module.register_forward_hook(_begin_graph)
+    by_weight: dict[int, list[str]] = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        if quantisation(layer) is None:
+            by_weight.setdefault(id(layer.weight), []).append(name)
+        else:
+            yield layer.register_forward_pre_hook(_take_gradient)
+            yield _from_activations(layer, name, sums)
+    for names in by_weight.values():
+        yield _from_autograd(model.get_submodule(names[0]), names, sums)
 
 
 def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
@@ -135,20 +145,35 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _embeddings_take_gradients(model: Any) -> Any:
-    """Makes the graph begin at the embeddings: frozen weights alone would not make one, nor would
-    re-entrant gradient checkpointing.
+def _begin_graph(_: nn.Module, __: Any, output: Tensor) -> None:
+    """Frozen weights alone make no graph, nor does re-entrant gradient checkpointing without one."""
+    if torch.is_grad_enabled() and output.is_leaf and output.is_floating_point():
+        output.requires_grad_(True)
+
+
+def _take_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if torch.is_grad_enabled() and inputs[0].is_leaf and not inputs[0].requires_grad:
+        inputs[0].requires_grad_(True)
+
+
+@contextmanager
+def _no_dropout(model: Any) -> Iterator[None]:
+    """Eval mode whatever the caller sets, and no dropout in layers that checkpoint themselves.
+
+    Those do so in train mode only; some of them call dropout as a function of that mode.
     """
+    dropout = nn.functional.dropout
 
-    def require(_: nn.Module, __: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and output.is_leaf and output.is_floating_point():
-            output.requires_grad_(True)
+    def settle_modes(*_: Any) -> None:
+        checkpoints = getattr(model, "is_gradient_checkpointing", False)
+        for module in model.modules():
+            module.training = checkpoints and isinstance(module, GradientCheckpointingLayer)
 
-    return model.get_input_embeddings().register_forward_hook(require)
-
-
-def _without_dropout(model: Any) -> None:
-    """Eval mode but for the layers that checkpoint themselves, which do so in train mode only."""
-    checkpoints = getattr(model, "is_gradient_checkpointing", False)
-    for module in model.modules():
-        module.training = checkpoints and isinstance(module, GradientCheckpointingLayer)
+    settle_modes()
+    handle = model.register_forward_pre_hook(settle_modes)
+    nn.functional.dropout = lambda input, *_, **__: input
+    try:
+        yield
+    finally:
+        nn.functional.dropout = dropout
+        handle.remove()

@@ -132,7 +132,9 @@ class InitConfig(Section):
         "gradient", description="decompose G, decompose sign(G), or fit Adam's first step"
     )
     norm_clip: bool = Field(False, description="no entry of s·B·A above the largest of W")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the adapter's weights")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the adapter's weights; AdamW's moments underflow in fp16"
+    )
     shift: Literal["auto", "weight", "adapter"] = Field(
         "auto", description="where s·B₀A₀ is taken off the base; auto: adapter on a quantised base"
     )
@@ -276,6 +278,8 @@ def result_identity(config: ExperimentConfig) -> str:
     identity of old runs.
     """
     settings = result_settings(config.model_dump(exclude_defaults=True))
+    for key in {"rank_pattern", "alpha_pattern"} & settings.get("peft", {}).keys():
+        settings["peft"][key] = list(settings["peft"][key].items())  # the first match counts: keep the order
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -336,6 +340,12 @@ def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[st
         conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
         if conflict is not None:
             raise UserError(f"init.{conflict[0]}={getattr(init, conflict[0])}: {conflict[1]}")
+    shifts = init.mode == "gradient" and config.gradient_start().shifts_base
+    if config.model.quantization and peft.dora and shifts and init.shift == "auto":
+        raise UserError(
+            "peft.dora=true: on a quantised base DoRA needs the norm of the shifted weight; "
+            "use init.shift=weight, or init.direction=LoRA-One"
+        )
     if config.model.quantization and not peft.use_peft:
         raise UserError("model.quantization: quantised weights cannot be trained; use peft=all")
     _check_effects(config, named)
@@ -388,6 +398,7 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
         ("init.lora_A_std", init.lora_A != "gaussian", "init.lora_A=gaussian"),
         ("init.lora_B_std", init.lora_B != "gaussian", "init.lora_B=gaussian"),
         ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
+        ("peft.use_rslora", peft.adalora, "peft.adalora=false"),
         ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
     ]
     for key, is_idle, remedy in without_effect:

@@ -19,7 +19,7 @@ from lora_one.losses import to_device
 from lora_one.models import LoadedModel, adapter_alphas, adapter_rank, adapter_ranks
 from lora_one.starts import LayerEstimate, gradient_starts, weight_starts
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def start_adapters(
@@ -48,9 +48,12 @@ def start_adapters(
         they did.
     """
     model, targets, dtype = loaded.model, loaded.targets, _DTYPES[config.init.dtype]
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if config.peft.train_embeddings:
+        common |= trained_along(model)
     if config.peft.adalora:
         rank = adapter_rank(model, config.peft)
-        adalora = adapters.adalora_config(targets, config.peft, rank, total_steps)
+        adalora = adapters.adalora_config(targets, config.peft, rank, total_steps, **common)
         return adapters.add_adapter(model, adalora, config.seed, dtype), {}, None
     ranks, alphas = adapter_ranks(model, targets, config.peft), adapter_alphas(targets, config.peft)
     inits = dict(stored) if stored is not None else None
@@ -61,8 +64,7 @@ def start_adapters(
         targets = tuple(inits)
         alphas = {name: alphas[name] * inits[name].A_RI.shape[0] / ranks[name] for name in inits}
         ranks = {name: init.A_RI.shape[0] for name, init in inits.items()}
-    along = trained_along(model) if config.peft.train_embeddings else {}
-    peft_config = adapters.lora_config(targets, config.peft, ranks, alphas, task_type="CAUSAL_LM", **along)
+    peft_config = adapters.lora_config(targets, config.peft, ranks, alphas, **common)
     adapted = adapters.add_adapter(model, peft_config, config.seed, dtype)
     if inits is None:
         inits = _own_starts(config, adapted, targets, ranks, estimates)

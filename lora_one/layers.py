@@ -7,6 +7,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _QUANTISED = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
 
 
@@ -27,7 +28,7 @@ def why_unsupported(layer: nn.Module) -> str | None:
         )
     if not isinstance(layer, (nn.Linear, Conv1D)):
         return f"it is no linear layer but {kind}"
-    if quantisation(layer) is None and not layer.weight.is_floating_point():
+    if quantisation(layer) is None and layer.weight.dtype not in _PLAIN:
         return (
             f"its weights are {layer.weight.dtype}, a quantisation other than bitsandbytes' 4-bit and 8-bit"
         )

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import peft
 import torch
@@ -26,14 +26,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from lora_one import adapters
-from lora_one.cache import load_estimates, save_estimates
+from lora_one.cache import identity, load_estimates, save_estimates
 from lora_one.collect import GradientSums, collect_gradients
 from lora_one.errors import UserError
 from lora_one.inits import DIRECTIONS, SCALE_ALIASES, SCALES
-from lora_one.layers import settle, shape_OI, why_unsupported
+from lora_one.layers import read_weight, settle, shape_OI, why_unsupported
+from lora_one.models import refuse_shared_modules
 from lora_one.portable_model import make_portable
 from lora_one.starts import GradientStart, LayerEstimate, gradient_starts, reduce_gradient
 from lora_one.triplets import Triplets
@@ -42,6 +43,8 @@ Scale = Literal["stable", "gd", "gd_scale", "unit", "weightS", "weight_svd"]
 Objective = Literal["gradient", "sign", "adam"]
 Shift = Literal["auto", "weight", "adapter"]
 _KINDS = {"lora_ga": "preprocess_loraga", "lora_one": "preprocess_lora_one"}
+_SAMPLED = 256
+_QUANTISATION_ERROR = 0.5  # 4-bit weights are a tenth away, those of another model more than the whole
 # What PEFT's own get_peft_model refuses: it would start the adapter in its default way without a word.
 _MARK = " (by lora_one.get_peft_model)"
 
@@ -124,7 +127,8 @@ class LoraOneConfig:
 class LoraConfig(peft.LoraConfig):
     """PEFT's ``LoraConfig`` with two more values of ``init_lora_weights``: ``lora_ga``, ``lora_one``."""
 
-    init_lora_weights: Any = field(default=True)
+    if TYPE_CHECKING:  # PEFT's own field carries metadata that it needs
+        init_lora_weights: Any = True
     lora_one_config: LoraOneConfig | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -138,6 +142,7 @@ class LoraConfig(peft.LoraConfig):
 @dataclass(frozen=True)
 class _Prepared:
     layers: dict[str, LayerEstimate]
+    identity: dict[str, Any]
 
 
 def preprocess_loraga(
@@ -173,14 +178,16 @@ def preprocess_loraga(
         raise UserError("the model already has adapters; estimate the gradients before get_peft_model")
     ranks = resolve_ranks(model, lora_config, start)
     cache = Path(cache_file) if cache_file is not None else None
-    if cache is not None and cache.is_file() and cache.stat().st_size:
-        layers = load_estimates(cache, start)
+    if cache is not None and _from_main(cache.is_file() and cache.stat().st_size > 0):
+        layers, samples = load_estimates(cache, start)
         _check_fit(model, layers, ranks, start, str(cache))
+        _check_weights(model, samples, str(cache))
     else:
         layers = _estimate(model, ranks, start, train_step)
         if cache is not None and _is_main():
-            save_estimates(cache, layers, start)
-    lora_config._lora_one_prepared = _Prepared(layers)  # type: ignore[attr-defined]
+            save_estimates(cache, layers, start, _weight_samples(model, list(ranks)))
+    lora_config._lora_one_prepared = _Prepared(layers, identity(start))  # type: ignore[attr-defined]
+    lora_config.init_lora_weights = f"{_kind(lora_config)}{_MARK}"  # type: ignore[assignment]
 
 
 preprocess_lora_one = preprocess_loraga
@@ -215,7 +222,15 @@ def get_peft_model(
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise UserError("the model already has adapters; a gradient start needs a model without")
     start = config.start()
+    if identity(start) != prepared.identity:
+        raise UserError(
+            f"prepared with {prepared.identity}, but {identity(start)} is asked for; prepare them again"
+        )
     ranks = resolve_ranks(model, peft_config, start)
+    shift = getattr(config, "shift", "auto")
+    if peft_config.use_dora and start.shifts_base:
+        for name in ranks:
+            adapters.check_dora(name, model.get_submodule(name), shift)
     _check_fit(model, prepared.layers, ranks, start, "the prepared gradients")
     settle(model)
     adapted = peft.get_peft_model(model, _stock(peft_config), adapter_name=adapter_name, **settings)
@@ -226,7 +241,7 @@ def get_peft_model(
         scalings=adapters.scalings(adapted, adapter_name),
         read_weight=adapters.weight_reader(adapted),
     )
-    report = adapters.apply_init(adapted, inits, shift=getattr(config, "shift", "auto"), adapter=adapter_name)
+    report = adapters.apply_init(adapted, inits, shift=shift, adapter=adapter_name)
     settle(model)
     if report.shift and peft_config.lora_dropout > 0:
         warnings.warn(
@@ -270,6 +285,7 @@ def resolve_ranks(model: Any, config: peft.LoraConfig, start: GradientStart) -> 
             )
     if not ranks:
         raise UserError(f"target_modules={config.target_modules}: matches no layer of the model")
+    refuse_shared_modules(model, tuple(ranks))
     return ranks
 
 
@@ -279,9 +295,15 @@ def _estimate(
     if not callable(train_step):
         raise UserError("train_step: give a function that runs forward and backward passes of the model")
     before = {name: model.get_submodule(name).weight._version for name in ranks}
-    with collect_gradients(model, list(ranks)) as sums, torch.enable_grad():
-        train_step()
-    _check_reached(model, sums, ranks, before)
+    trouble: Exception | None = None
+    sums = GradientSums()
+    try:
+        with collect_gradients(model, list(ranks)) as sums, torch.enable_grad():
+            train_step()
+        _check_reached(model, sums, ranks, before)
+    except Exception as error:
+        trouble = error
+    _raise_together(trouble)
     n_calls = _sum_over_processes(sums)
     generator = torch.Generator().manual_seed(start.seed)
     layers = {}
@@ -298,6 +320,11 @@ def _check_reached(
         raise UserError(
             "train_step: no gradient arrived; call loss.backward() on a loss of this model, for every batch"
         )
+    if sums.n_calls == 0:
+        raise UserError(
+            "train_step: the loss does not come from a call of the model itself, so the number of batches "
+            "is unknown; call model(...), not a part of it"
+        )
     for name in ranks:
         if name not in sums.reached:
             raise UserError(
@@ -308,15 +335,44 @@ def _check_reached(
             raise UserError(f"{name}: train_step changed its weight; do not step an optimiser in it")
 
 
+def _raise_together(trouble: Exception | None) -> None:
+    """Raises on every process what went wrong on any, so that none waits for another."""
+    messages = [f"{trouble}" if trouble is not None else None]
+    if _n_processes() > 1:
+        messages = [None] * _n_processes()
+        dist.all_gather_object(messages, f"{trouble}" if trouble is not None else None)
+    if trouble is not None:
+        raise trouble
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise UserError(f"process {rank}: {message}")
+
+
 def _sum_over_processes(sums: GradientSums) -> int:
-    calls = torch.tensor(max(sums.n_calls, 1))
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    calls = torch.tensor(sums.n_calls)
+    if _n_processes() > 1:
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
         for tensor in [calls, *sums.unique()]:
             shared = tensor.to(device)
             dist.all_reduce(shared)
             tensor.copy_(shared)
     return int(calls)
+
+
+def _weight_samples(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """A few entries of the first, the middle and the last target: enough to tell two models apart."""
+    samples = {}
+    for name in {names[0], names[len(names) // 2], names[-1]}:
+        flat = read_weight(model.get_submodule(name)).flatten()
+        samples[name] = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().clone()
+    return samples
+
+
+def _check_weights(model: nn.Module, samples: Mapping[str, Tensor], what: str) -> None:
+    """Raises UserError if the weights are not those of the estimate, quantisation apart."""
+    for name, ours in _weight_samples(model, list(samples)).items():
+        if torch.linalg.norm(ours - samples[name]) > _QUANTISATION_ERROR * torch.linalg.norm(samples[name]):
+            raise UserError(f"{what}: made for other weights than those of {name}; give another cache_file")
 
 
 def _check_fit(
@@ -388,5 +444,17 @@ def _check_choices(owner: str, config: Any, **choices: list[str]) -> None:
         raise UserError(f"{owner}: stable_gamma={config.stable_gamma}; it must be above 0")
 
 
+def _n_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return _n_processes() == 1 or dist.get_rank() == 0
+
+
+def _from_main(value: Any) -> Any:
+    """The main process's value, so that all take the same way."""
+    box = [value]
+    if _n_processes() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

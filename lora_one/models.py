@@ -160,7 +160,9 @@ def target_names(model: Any, config: PeftConfig) -> tuple[str, ...]:
             "peft.lora_exclude_modules, peft.layers_to_transform: no target is left; "
             f"without them there are {len(names)}, such as {names[0]}"
         )
-    _refuse_shared_modules(model, restricted)
+    refuse_shared_modules(model, restricted)
+    if config.train_embeddings:
+        _refuse_trained_along(model, restricted)
     return restricted
 
 
@@ -319,24 +321,33 @@ def _is_kept(name: str, config: PeftConfig) -> bool:
 
 
 def _by_pattern(targets: Sequence[str], pattern: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
-    values = dict.fromkeys(targets, default)
-    for expression, value in pattern.items():
+    values: dict[str, Any] = {}
+    for expression, value in pattern.items():  # the first that matches counts, as in PEFT
         matches = [name for name in targets if _fullmatch(rf"(.*\.)?({expression})", name, key)]
         if not matches:
             raise UserError(f"{key}: {expression!r} matches no target, such as {targets[0]}")
-        values |= dict.fromkeys(matches, value)
-    return values
+        values = dict.fromkeys(matches, value) | values
+    return {name: values.get(name, default) for name in targets}
 
 
-def _refuse_shared_modules(model: Any, names: tuple[str, ...]) -> None:
+def refuse_shared_modules(model: Any, names: tuple[str, ...]) -> None:
     """One module under two names would get its adapter under one of them only."""
     wanted = {id(model.get_submodule(name)): name for name in names}
     for name, module in model.named_modules(remove_duplicate=False):
         target = wanted.get(id(module))
         if target is not None and target != name:
             raise UserError(
-                f"peft.lora_target_modules: {target} and {name} are one and the same module, which PEFT "
-                "adapts in one place only; leave it out with peft.lora_exclude_modules"
+                f"target modules: {target} and {name} are one and the same module, which PEFT adapts in one "
+                "place only; leave it out of the targets"
+            )
+
+
+def _refuse_trained_along(model: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if model.get_submodule(name) in (model.get_input_embeddings(), model.get_output_embeddings()):
+            raise UserError(
+                f"peft.train_embeddings=true: {name} is trained in full then, and takes no adapter; "
+                "leave it out of peft.lora_target_modules"
             )
 
 

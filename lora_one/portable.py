@@ -82,8 +82,9 @@ def portable_state(state: Mapping[str, Tensor], inits: Mapping[str, AdapterInit]
     for name, init in inits.items():
         if init.shifts_base:
             key_A, key_B = (f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
-            written[key_A] = torch.cat([written[key_A], -init.A_RI.to(written[key_A])], dim=0)
-            written[key_B] = torch.cat([written[key_B], init.B_OR.to(written[key_B])], dim=1)
+            # In the wider of the two dtypes: the base was shifted by exactly these.
+            written[key_A] = torch.cat([written[key_A], -init.A_RI], dim=0)
+            written[key_B] = torch.cat([written[key_B], init.B_OR], dim=1)
     return written
 
 

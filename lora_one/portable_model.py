@@ -16,7 +16,7 @@ from peft.utils import set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 
-from lora_one.adapters import PREFIX, InitReport, keeps_shift_in_adapter
+from lora_one.adapters import PREFIX, InitReport, keeps_shift_in_adapter, lora_layers
 from lora_one.errors import UserError
 from lora_one.inits import AdapterInit
 from lora_one.portable import portable_config, portable_state
@@ -61,7 +61,7 @@ class PortableMixin:
                 f"path_initial_model_for_weight_conversion={base}: holds no saved model; "
                 "give the folder of model.save_pretrained(...) from before the preprocessing"
             )
-        if self._shifts_base():
+        if self._shifts_base() and self._adapts_an_end():
             # PEFT would write a targeted output head itself too: here, its shifted weight.
             settings.setdefault("save_embedding_layers", False)
         with self._portable_config(base):
@@ -81,7 +81,48 @@ class PortableMixin:
             if getattr(config, "r", None) == 2 * own.r:
                 state = self._without_start(load_peft_weights(model_id, device="cpu"), str(model_id))
                 return set_peft_model_state_dict(self, state, adapter_name=adapter_name)
+        if adapter_name == self._started_adapter:
+            settings.setdefault("autocast_adapter_dtype", False)  # its weights keep their dtype
+        else:
+            self._refuse_another(adapter_name)
         return super().load_adapter(model_id, adapter_name, *arguments, **settings)  # type: ignore[misc]
+
+    def add_adapter(self, adapter_name: str, *arguments: Any, **settings: Any) -> None:
+        """As PEFT's.
+
+        Raises:
+            UserError: If the base is shifted: the new adapter would fit a base that nobody else has.
+        """
+        self._refuse_another(adapter_name)
+        super().add_adapter(adapter_name, *arguments, **settings)  # type: ignore[misc]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As PEFT's: inside, the model is the pretrained one, with a shifted base too.
+
+        Raises:
+            UserError: If the base is shifted and the adapter is DoRA's.
+        """
+        if not self._shifts_base():
+            with super().disable_adapter():  # type: ignore[misc]
+                yield
+            return
+        if self.peft_config[self._started_adapter].use_dora:  # type: ignore[attr-defined]
+            raise UserError("disable_adapter: not with DoRA on a shifted base; load the base model beside it")
+        layers = lora_layers(self)  # type: ignore[arg-type]
+        held: list[tuple[Any, Tensor]] = []
+        try:
+            for name, init in self._starts.items():
+                layer = layers[PREFIX + name]
+                for factors, start in ((layer.lora_A, init.A_RI), (layer.lora_B, init.B_OR)):
+                    parameter = factors[self._started_adapter].weight
+                    held.append((parameter, parameter.data))
+                    # The shifted base and the first adapter are the pretrained layer.
+                    parameter.data = start.to(parameter.device)
+            yield
+        finally:
+            for parameter, data in held:
+                parameter.data = data
 
     def merge_and_unload(self, *arguments: Any, **settings: Any) -> Any:
         """As PEFT's.
@@ -95,6 +136,25 @@ class PortableMixin:
                 "PeftModel.from_pretrained(base, folder).merge_and_unload()"
             )
         return self.base_model.merge_and_unload(*arguments, **settings)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the PEFT model that it extends."""
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+    def _refuse_another(self, adapter_name: str) -> None:
+        if self._shifts_base():
+            raise UserError(
+                f"adapter {adapter_name!r}: the base weights are shifted for {self._started_adapter!r}, so "
+                "another one would fit a base that nobody else has; load it on the untouched model"
+            )
+
+    def _adapts_an_end(self) -> bool:
+        model = self.get_base_model()  # type: ignore[attr-defined]
+        ends = [
+            end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
+        ]
+        layers = lora_layers(self)  # type: ignore[arg-type]
+        return any(layers[PREFIX + name] in ends for name in self._starts)
 
     def _shifts_base(self) -> bool:
         return any(init.shifts_base for init in self._starts.values())
@@ -130,7 +190,9 @@ class PortableMixin:
         for name, init in self._starts.items():
             key_A, key_B = (f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
             rank = init.A_RI.shape[0]
-            stored_A, stored_B = state[key_A][rank:], state[key_B][:, rank:]
+            stored_A, stored_B = (
+                half.to(init.A_RI) for half in (state[key_A][rank:], state[key_B][:, rank:])
+            )
             if not (torch.equal(stored_A, -init.A_RI) and torch.equal(stored_B, init.B_OR)):
                 raise UserError(
                     f"{where}: trained from another start than this model ({name}); prepare the gradients "
@@ -149,6 +211,11 @@ def make_portable(
     portable: Any = model
     portable._starts, portable._started_adapter, portable.init_report = starts, adapter_name, report
     return portable
+
+
+def _rebuild(kind: Any) -> Any:
+    extended = _portable_class(kind)
+    return extended.__new__(extended)
 
 
 @functools.cache

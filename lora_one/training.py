@@ -1,6 +1,7 @@
 """Training by Hugging Face's Trainer, on batches and a loss of ours."""
 
 import json
+import math
 import time
 import zipfile
 from collections.abc import Sequence
@@ -285,6 +286,14 @@ class _WindowTrainer(Trainer):
             loss = loss + adalora_penalty(self.model) / self.args.gradient_accumulation_steps
         return loss
 
+    def _load_from_checkpoint(self, *arguments: Any, **settings: Any) -> None:
+        # PEFT loads adapters in float32, whatever they were.
+        model: Any = self.model
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        super()._load_from_checkpoint(*arguments, **settings)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(*arguments)
@@ -403,6 +412,11 @@ class _Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise UserError(
+                f"step {state.global_step}: the training loss is {logs['loss']}; lower model.learning_rate, "
+                "use model.bf16=false, or check the data; the run is kept as failed"
+            )
         if self.bar is None or not logs:
             return
         if "loss" in logs:

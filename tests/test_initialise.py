@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from test_adapters import logits, relative_difference, train_a_little
 from transformers import AutoModelForCausalLM
 
-from lora_one import portable
+from lora_one import portable, training
 from lora_one.baselines import PEFT_MODES
-from lora_one.config import ExperimentConfig
+from lora_one.config import ExperimentConfig, result_identity
 from lora_one.errors import UserError
 from lora_one.gradients import estimate_gradient, gradient_batches
 from lora_one.initialise import probe_logits, start_adapters
@@ -172,7 +172,7 @@ def test_a_resumed_run_takes_its_start_from_the_disk(start, tmp_path):
 
 
 def test_dtype_of_the_adapter():
-    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
+    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         model, inits, report = begin(config(direction="LoRA-GA", dtype=name))
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert layer.lora_A["default"].weight.dtype == dtype
@@ -400,3 +400,48 @@ def test_dora_start_of_lora_one_has_the_magnitude_of_the_stepped_weight():
     A_RI, B_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     stepped = read_weight(layer.get_base_layer()) + layer.scaling["default"] * B_OR @ A_RI
     assert torch.allclose(layer.lora_magnitude_vector["default"].weight, stepped.norm(dim=1), atol=1e-6)
+
+
+def test_eva_with_too_few_tokens_is_named():
+    with pytest.raises(UserError, match=r"init.mode=eva: its batches hold at most .* raise init.bsz"):
+        begin(config(mode="eva", bsz=1, iters=2, peft={"lora_r": 16}))
+
+
+def test_the_first_pattern_that_matches_counts_as_in_peft():
+    settings = config(peft={"rank_pattern": {"layers.1.self_attn.q_proj": 2, "q_proj": 3}})
+    ranks = adapter_ranks(small_llama(), tuple(linear_layers(small_llama())), settings.peft)
+    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert ranks["model.layers.0.self_attn.q_proj"] == 3
+    turned = config(peft={"rank_pattern": {"q_proj": 3, "layers.1.self_attn.q_proj": 2}})
+    assert result_identity(settings) != result_identity(turned)
+
+
+def test_a_head_trained_in_full_takes_no_adapter():
+    wrong = config(peft={"lora_target_modules": ["q_proj", "lm_head"], "train_embeddings": True})
+    with pytest.raises(UserError, match="lm_head is trained in full then"):
+        target_names(small_llama(), wrong.peft)
+
+
+@pytest.mark.parametrize("start", ["default", "gradient"])
+def test_embeddings_trained_along_in_a_bfloat16_base(cli, start, tmp_path):
+    arguments = ["peft=all_w_emb", f"init={start}", "model.bf16=true"]
+    done = cli(*SHORT, *arguments)
+    assert done.returncode == 0, done.stderr
+    again = cli(*SHORT, *arguments, "eval.limit=3")
+    assert again.returncode == 0, again.stderr
+
+
+def test_adalora_trains_embeddings_along_too(cli, tmp_path):
+    done = cli(*SHORT, "model.max_steps=12", "peft=adalora", "peft.train_embeddings=true")
+    assert done.returncode == 0, done.stderr
+    state = load_file(only_run(tmp_path / "results") / "adapter" / "adapter_model.safetensors")
+    assert any("embed_tokens" in key for key in state)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_failed(cli, monkeypatch, tmp_path):
+    loss = training.weighted_loss
+    monkeypatch.setattr(training, "weighted_loss", lambda *arguments: loss(*arguments) * float("nan"))
+    done = cli(*SHORT, "init=default")
+    assert done.returncode == 2
+    assert "step 1: the training loss is nan; lower model.learning_rate" in done.stderr
+    assert json.loads((only_run(tmp_path / "results") / "record.json").read_text())["status"] == "failed"

@@ -394,3 +394,19 @@ def test_drift_of_the_embedded_model_in_bfloat16_is_within_that_of_its_rounding(
     ratio = model.init_report.relative_product_norm
     drift = relative(logits(model.float()), stored)
     assert drift < 1.2 * (1 + ratio**2) ** 0.5 * relative(stored, exact)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_t5_is_estimated(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = T5Config(
+        vocab_size=64, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    settings = BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
+    base = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", quantization_config=settings)
+    settle(base)
+    before = logits(base)
+    model = adapted(base, config_of("t5", "ArB2r"))
+    assert relative(logits(model), before) < 2e-2

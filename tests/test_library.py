@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_layers import IDS, adapted, build, config_of, logits, loss_of, relative, targets_of, train_a_little
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
 from lora_one import (
     LoraConfig,
@@ -25,6 +25,7 @@ from lora_one import (
     preprocess_lora_one,
     preprocess_loraga,
 )
+from lora_one.collect import collect_gradients
 from lora_one.layers import read_weight
 from lora_one.processes import start_processes
 
@@ -218,7 +219,7 @@ def stepping(model) -> None:
                 .sum()
                 .backward()
             ),
-            "is zero|no gradient reached it",
+            "does not come from a call of the model itself",
         ),
     ],
     ids=["no backward", "nothing", "zeroed loss", "nan", "optimiser", "part of the model"],
@@ -332,6 +333,10 @@ def test_cache_of_another_model_rank_or_objective_is_named(tmp_path):
     preprocess_loraga(model, config_of("linear", "LoRA-One"), lambda: backward(model), cache)
     with pytest.raises(UserError, match="made for another rank"):
         preprocess_loraga(model, ga(), None, cache)  # LoRA-GA reads 2r triplets, LoRA-One r
+    torch.manual_seed(1)
+    stranger = type(model)(model.config)
+    with pytest.raises(UserError, match="made for other weights than those of"):
+        preprocess_loraga(stranger, config_of("linear", "LoRA-One"), None, cache)
     with pytest.raises(UserError, match=r"hold nothing on transformer\.h\.0"):
         preprocess_loraga(build("conv1d"), config_of("conv1d", "LoRA-One"), None, cache)
     other = config_of("linear", "LoRA-One")
@@ -423,3 +428,140 @@ def test_the_package_installs_without_the_runner():
         "import sys; from lora_one import LoraConfig; assert not {'hydra', 'run_exp'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+
+
+def test_a_stock_config_is_marked_too_so_that_peft_refuses_it():
+    model = build("linear")
+    settings = {"init_lora_weights": "lora_ga", "lora_ga_config": peft.tuners.lora.LoraGAConfig()}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], **settings)
+    preprocess_loraga(model, config, lambda: backward(model))
+    with pytest.raises(ValueError, match=r"by lora_one\.get_peft_model"):
+        peft.get_peft_model(build("linear"), config)
+    assert relative(logits(get_peft_model(model, config)), logits(build("linear"))) < 1e-5
+
+
+def test_one_module_under_two_names_is_refused():
+    model = build("linear")
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+    with pytest.raises(UserError, match="one and the same module"):
+        preprocess_loraga(model, ga(), lambda: backward(model))
+
+
+@pytest.mark.parametrize("kind", ["linear", "t5"])
+def test_dropout_stays_off_when_the_step_sets_train_mode(kind):
+    def in_train_mode(model) -> None:
+        model.train()
+        loss_of(model).backward()
+
+    starts = []
+    for step in (in_train_mode, backward):
+        model = build(kind)
+        config = config_of(kind, "LoRA-One")
+        preprocess_lora_one(model, config, lambda model=model, step=step: step(model))
+        starts.append(start_of(get_peft_model(model, config)))
+    assert all(torch.equal(starts[0][name], value) for name, value in starts[1].items())
+
+
+def test_dropout_inside_a_checkpointed_layer_is_off():
+    settings = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=64, word_embed_proj_dim=32, dropout=0.5, **settings)
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).eval()
+    names = ["model.decoder.layers.0.fc1"]
+    with collect_gradients(model, names) as plain:
+        loss_of(model).backward()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with collect_gradients(model, names) as checkpointed:
+        loss_of(model).backward()
+    assert relative(checkpointed.G_OI[names[0]], plain.G_OI[names[0]]) < 1e-5
+    assert float((nn.functional.dropout(torch.ones(1000), 0.5) == 0).float().mean()) > 0.3
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = build("linear").train()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(AttributeError), collect_gradients(model, ["no.such.layer"]):
+        pass
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_adapters_cast_after_the_start_are_written_exactly(tmp_path):
+    model = adapted(build("linear"), ga())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("linear"), str(tmp_path))
+    assert relative(logits(again), logits(model.float())) < 1e-5
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+
+
+def test_without_the_adapter_the_model_is_the_pretrained_one():
+    pretrained = logits(build("linear"))
+    model = adapted(build("linear"), ga())
+    train_a_little(model)
+    trained = logits(model)
+    with model.disable_adapter():
+        assert relative(logits(model), pretrained) < 1e-5
+    assert torch.equal(logits(model), trained)
+    with pytest.raises(UserError, match="would fit a base that nobody else has"):
+        model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    plain = adapted(build("linear"), config_of("linear", "LoRA-One"))
+    plain.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    with plain.disable_adapter():
+        assert relative(logits(plain), pretrained) < 1e-6
+
+
+def test_settings_changed_after_the_preparation_are_refused():
+    model, config = build("linear"), ga()
+    preprocess_loraga(model, config, lambda: backward(model))
+    config.lora_ga_config.objective = "sign"
+    with pytest.raises(UserError, match=r"prepared with .*gradient.*prepare them again"):
+        get_peft_model(model, config)
+
+
+def test_dora_is_refused_before_the_model_is_touched():
+    model = build("linear")
+    with pytest.raises(UserError, match="DoRA needs the norm"):
+        adapted(model, ga(use_dora=True, shift="adapter"))
+    assert relative(logits(adapted(model, ga(use_dora=True))), logits(build("linear"))) < 1e-5
+
+
+def test_resized_embeddings_are_saved(tmp_path):
+    build("linear").save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    model = adapted(model, ga())
+    model.save_pretrained(tmp_path / "adapter")
+    assert any("embed_tokens" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("shift", ["weight", "adapter"])
+def test_the_model_survives_a_pickle(shift, tmp_path):
+    model = adapted(build("linear"), ga(shift=shift))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert relative(logits(again), logits(model)) < 1e-6
+    again.save_pretrained(tmp_path / "adapter")
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "adapter")).r == 8
+
+
+def test_a_layer_of_zeros_gets_its_start():
+    model = build("linear")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    assert torch.isfinite(logits(adapted(model, config_of("linear", "LoRA-One")))).all()
+
+
+def step_that_fails_on_one_process(_: str) -> None:
+    processes = start_processes()
+    model = build("linear")
+    step = backward if processes.is_main else loss_of
+    with pytest.raises(UserError, match="no gradient arrived"):
+        preprocess_lora_one(model, config_of("linear", "LoRA-One"), lambda: step(model))
+
+
+def test_a_failure_on_one_process_ends_them_all():
+    on_two_processes(step_that_fails_on_one_process, "")

@@ -130,6 +130,35 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, save_
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
+def test_a_resumed_run_keeps_the_dtype_of_its_adapters(tmp_path, monkeypatch):
+    def low_precision():
+        model = adapted_llama()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16 if parameter.requires_grad else parameter.dtype)
+        return model
+
+    settings = config(max_steps=6, save_steps=3)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole, _ = fit(tmp_path / "whole", settings, low_precision())
+    log = training._Log.on_log
+
+    def stop_after_a_checkpoint(self, args, state, control, **kwargs):
+        log(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Log, "on_log", stop_after_a_checkpoint)
+        with pytest.raises(Interrupted):
+            fit(tmp_path / "cut", settings, low_precision())
+    resumed, result = fit(tmp_path / "cut", settings, low_precision())
+    assert result.resumed_from_step == 3
+    for (name, one), (_, two) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert one.dtype == two.dtype, name
+        assert torch.equal(one, two), name
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "last step only"])
 def test_a_run_interrupted_after_its_last_step_takes_no_other(tmp_path, trained):
     settings = config(epochs=1.5, lr_scheduler="constant")
