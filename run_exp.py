@@ -234,7 +234,9 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     """A finished run is left alone; asked for another output, only that is made."""
     assert run.previous is not None
     run.check_complete(config)
-    wants_test = config.eval.task is not None and run.previous["config"]["eval"] != config.eval.model_dump()
+    wants_test = config.eval.task is not None and graded(run.previous["config"]["eval"]) != graded(
+        config.eval.model_dump()
+    )
     wants_merged = config.model.saving and not (run.folder / "merged").exists()
     wants_test, wants_merged = run.processes.from_main((wants_test, wants_merged))
     if not (wants_merged or wants_test):
@@ -250,6 +252,11 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
             export_merged(config, None, loaded, run)
         write_cards(run)
     run.processes.say(run.summary())
+
+
+def graded(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of the evaluation's settings that its result depends on."""
+    return {key: value for key, value in settings.items() if key not in ("batch_size", "before_training")}
 
 
 def start(composed: DictConfig) -> None:
@@ -333,6 +340,8 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT 0.21 asks transformers 5 by a name that will go.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+    # PEFT 0.21 reads its own AdaLoRA file with a warning about its own keys.
+    warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
     exit_codes: list[int] = []
     # Hydra shall raise, not print a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

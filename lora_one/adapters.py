@@ -101,7 +101,7 @@ def adalora_config(
     Raises:
         UserError: If the training is too short for the schedule.
     """
-    if total_steps < 10:
+    if total_steps < 2:
         raise UserError(
             f"peft.adalora=true: {total_steps} steps are too few for its schedule; use at least 10"
         )

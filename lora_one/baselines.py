@@ -137,7 +137,7 @@ def _peft_lora_ga(config: ExperimentConfig) -> LoraGAConfig:
     init = config.init
     direction = "ArB2r" if init.direction == "LoRA-GA" else init.direction
     scale: Any = _SCALES.get(init.scale, init.scale)
-    return LoraGAConfig(direction=direction, scale=scale, stable_gamma=init.stable_gamma)  # type: ignore[arg-type]
+    return LoraGAConfig(direction=direction, scale=scale, stable_gamma=init.gamma)  # type: ignore[arg-type]
 
 
 def _forward(model: Any, batches: Iterable[Batch]) -> None:

@@ -15,7 +15,7 @@ from lora_one.objectives import AdamFactors
 from lora_one.starts import GradientStart, LayerEstimate
 from lora_one.triplets import Triplets
 
-_FORMAT = "lora-one gradients 1"
+_FORMAT = "lora-one gradients 2"
 _SAMPLE = "weight_sample"
 
 
@@ -57,7 +57,9 @@ def load_estimates(path: Path, start: GradientStart) -> tuple[dict[str, LayerEst
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise UserError(f"{path}: not written by this library; give another cache_file")
+                raise UserError(
+                    f"{path}: not written by this version of lora_one; delete it, or give another cache_file"
+                )
             stored, numbers = json.loads(metadata["start"]), json.loads(metadata["numbers"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:

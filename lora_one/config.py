@@ -17,6 +17,8 @@ from lora_one.errors import UserError, nearest
 from lora_one.starts import GradientStart
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+_ALIASES = {"ArB2r": "LoRA-GA", "gd_scale": "gd", "weight_svd": "weightS"}
+_canonical = BeforeValidator(lambda value: _ALIASES.get(value, value) if isinstance(value, str) else value)
 Direction = Literal["LoRA-One", "LoRA-GA", "ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["default", "stable", "gd", "gd_scale", "unit", "weightS", "weight_svd", "normalized"]
 Factor = Literal["kaiming", "zeros", "gaussian", "fan_out_kaiming", "xavier", "unit", "orthogonal"]
@@ -124,9 +126,9 @@ class InitConfig(Section):
     lora_B: Factor = Field("zeros", description="simple: the start of B")
     lora_A_std: float = Field(0.01, gt=0, description="standard deviation of a gaussian A")
     lora_B_std: float = Field(0.01, gt=0, description="standard deviation of a gaussian B")
-    direction: Direction = "LoRA-One"
-    scale: Scale = "stable"
-    stable_gamma: float = Field(128, gt=0)
+    direction: Annotated[Direction, _canonical] = "LoRA-One"
+    scale: Annotated[Scale, _canonical] = "stable"
+    stable_gamma: float | None = Field(None, gt=0, description="null: 128 with LoRA-One, else 16")
     normalize: Literal["spectral", "none"] = "spectral"
     objective: Literal["gradient", "sign", "adam"] = Field(
         "gradient", description="decompose G, decompose sign(G), or fit Adam's first step"
@@ -147,6 +149,13 @@ class InitConfig(Section):
         None, description="true: sub_size examples; false: the whole training split; null: bsz*iters"
     )
     sub_size: int = Field(100_000, ge=1)
+
+    @property
+    def gamma(self) -> float:
+        """γ: as given, or that of the method's paper."""
+        if self.stable_gamma is not None:
+            return self.stable_gamma
+        return 128 if self.mode == "gradient" and self.direction == "LoRA-One" else 16
 
     @property
     def is_plain_lora(self) -> bool:
@@ -208,7 +217,7 @@ class ExperimentConfig(Section):
         return GradientStart(
             direction=init.direction,
             scale=init.scale,
-            gamma=init.stable_gamma,
+            gamma=init.gamma,
             normalize=init.normalize,
             objective=init.objective,
             norm_clip=init.norm_clip,
@@ -223,7 +232,7 @@ class ExperimentConfig(Section):
             return f"{init.lora_A}-{init.lora_B}"
         if init.mode != "gradient":
             return init.mode
-        name = "LoRA-GA" if init.direction == "ArB2r" else init.direction
+        name = init.direction
         return name if init.objective == "gradient" else f"{name}-{init.objective}"
 
     @property
@@ -334,9 +343,9 @@ def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[st
             f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
         )
     if peft.use_peft:
+        _check_adapter(peft, init)
         _check_mode(init, named)
         _check_scale(init)
-        _check_adapter(peft, init)
         conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
         if conflict is not None:
             raise UserError(f"init.{conflict[0]}={getattr(init, conflict[0])}: {conflict[1]}")
@@ -395,6 +404,7 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
         ("init.sub_size", init.do_subsampling is None, "init.do_subsampling=true"),
         ("init.normalize", init.direction != "LoRA-One", "init.direction=LoRA-One"),
         ("init.stable_gamma", init.scale != "stable", "init.scale=stable"),
+        ("init.shift", init.mode == "gradient" and init.direction == "LoRA-One", "init.direction=LoRA-GA"),
         ("init.lora_A_std", init.lora_A != "gaussian", "init.lora_A=gaussian"),
         ("init.lora_B_std", init.lora_B != "gaussian", "init.lora_B=gaussian"),
         ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),

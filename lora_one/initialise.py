@@ -114,7 +114,7 @@ def _own_starts(
         return weight_starts(
             tuple(targets),
             scale=init.scale,
-            gamma=init.stable_gamma,
+            gamma=init.gamma,
             norm_clip=init.norm_clip,
             ranks=ranks,
             scalings=scalings,

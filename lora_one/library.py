@@ -12,6 +12,7 @@ the untouched base model.
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +32,9 @@ from torch import Tensor, nn
 from lora_one import adapters
 from lora_one.cache import identity, load_estimates, save_estimates
 from lora_one.collect import GradientSums, collect_gradients
-from lora_one.errors import UserError
+from lora_one.errors import UserError, nearest
 from lora_one.inits import DIRECTIONS, SCALE_ALIASES, SCALES
-from lora_one.layers import read_weight, settle, shape_OI, why_unsupported
+from lora_one.layers import is_linear, read_weight, settle, shape_OI, why_unsupported
 from lora_one.models import refuse_shared_modules
 from lora_one.portable_model import make_portable
 from lora_one.starts import GradientStart, LayerEstimate, gradient_starts, reduce_gradient
@@ -42,11 +43,12 @@ from lora_one.triplets import Triplets
 Scale = Literal["stable", "gd", "gd_scale", "unit", "weightS", "weight_svd"]
 Objective = Literal["gradient", "sign", "adam"]
 Shift = Literal["auto", "weight", "adapter"]
+_PEFT_STARTS = ("True", "False", "gaussian", "pissa", "olora", "eva", "corda", "loftq", "orthogonal", "mica")
 _KINDS = {"lora_ga": "preprocess_loraga", "lora_one": "preprocess_lora_one"}
 _SAMPLED = 256
 _QUANTISATION_ERROR = 0.5  # 4-bit weights are a tenth away, those of another model more than the whole
 # What PEFT's own get_peft_model refuses: it would start the adapter in its default way without a word.
-_MARK = " (by lora_one.get_peft_model)"
+_MARK = " (call lora_one.get_peft_model, not PEFT's)"
 
 
 @dataclass
@@ -132,11 +134,17 @@ class LoraConfig(peft.LoraConfig):
     lora_one_config: LoraOneConfig | None = field(default=None)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        kind = self.init_lora_weights
+        kind = _kind(self)
         if kind in _KINDS:
             _start_config(self)
             self.init_lora_weights = f"{kind}{_MARK}"
+        elif self.lora_ga_config is not None or self.lora_one_config is not None:
+            wanted = "lora_ga" if self.lora_ga_config is not None else "lora_one"
+            raise UserError(f'{wanted}_config: has no effect here; use init_lora_weights="{wanted}"')
+        elif kind not in _PEFT_STARTS and not kind.startswith("pissa_niter_"):
+            hint = nearest(kind, [*_KINDS, *_PEFT_STARTS])
+            raise UserError(f"init_lora_weights={kind!r}: no such start{hint}")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ def preprocess_loraga(
         UserError: If the config has no gradient start, no backward pass reaches a target, its gradient
             is zero or not finite, a target cannot take an adapter, or the cache does not fit.
     """
+    _check_model(model)
     start = _start_config(lora_config).start()
     conflict = start.conflict()
     if conflict is not None:
@@ -182,6 +191,8 @@ def preprocess_loraga(
         layers, samples = load_estimates(cache, start)
         _check_fit(model, layers, ranks, start, str(cache))
         _check_weights(model, samples, str(cache))
+    elif train_step is None and cache is not None:
+        raise UserError(f"{cache}: no such file yet; give a train_step, which makes it")
     else:
         layers = _estimate(model, ranks, start, train_step)
         if cache is not None and _is_main():
@@ -269,6 +280,7 @@ def resolve_ranks(model: Any, config: peft.LoraConfig, start: GradientStart) -> 
             raise UserError(f"target_modules: is required for a {model.config.model_type} model")
         resolved.target_modules = set(known)
     resolved = _maybe_include_all_linear_layers(resolved, model)
+    _check_targets(model, resolved.target_modules)
     ranks = {}
     for name, module in model.named_modules():
         if not name or not check_target_module_exists(resolved, name):
@@ -281,12 +293,30 @@ def resolve_ranks(model: Any, config: peft.LoraConfig, start: GradientStart) -> 
         needed, limit = start.triplets_needed(rank), min(shape_OI(module))
         if needed > limit:
             raise UserError(
-                f"r={rank}: the start needs {needed} directions, but {name} has rank {limit}; lower r"
+                f"rank {rank}: the start needs {needed} directions, but {name} has rank {limit}; "
+                "lower r, or its rank_pattern"
             )
     if not ranks:
-        raise UserError(f"target_modules={config.target_modules}: matches no layer of the model")
+        raise UserError(
+            f"target_modules={config.target_modules}: no layer is left with exclude_modules="
+            f"{config.exclude_modules}, layers_to_transform={config.layers_to_transform}"
+        )
     refuse_shared_modules(model, tuple(ranks))
     return ranks
+
+
+def _check_targets(model: nn.Module, wanted: Any) -> None:
+    """Raises UserError for a regular expression that is none, and for an entry that matches nothing."""
+    names = [name for name, _ in model.named_modules() if name]
+    known = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
+    try:
+        missing = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
+    except re.error as error:
+        raise UserError(f"target_modules={wanted!r}: no regular expression ({error})") from None
+    except TypeError:  # a list of name endings
+        missing = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in names)]
+    if missing:
+        raise UserError(f"target_modules: {missing[0]!r} matches no layer; the model has: {', '.join(known)}")
 
 
 def _estimate(
@@ -301,6 +331,8 @@ def _estimate(
         with collect_gradients(model, list(ranks)) as sums, torch.enable_grad():
             train_step()
         _check_reached(model, sums, ranks, before)
+    except StopIteration:
+        trouble = UserError(f"train_step: its data ran out after {sums.n_calls} batches; take fewer")
     except Exception as error:
         trouble = error
     _raise_together(trouble)
@@ -401,6 +433,13 @@ def _check_fit(
             raise UserError(f"{what}: made for another rank than {rank} of {name}; estimate them again")
 
 
+def _check_model(model: Any) -> None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UserError("the model is wrapped for several devices; give model.module")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the first argument is the model, the second the config; got {type(model).__name__}")
+
+
 def _start_config(config: Any) -> LoraGAConfig | LoraOneConfig:
     kind = _kind(config)
     if kind == "lora_one":
@@ -413,6 +452,8 @@ def _start_config(config: Any) -> LoraGAConfig | LoraOneConfig:
             raise UserError('init_lora_weights="lora_ga": give lora_ga_config=LoraGAConfig(...)')
         if isinstance(given, LoraGAConfig):
             return given
+        if not isinstance(given, PeftLoraGAConfig):
+            raise UserError(f"lora_ga_config: give a LoraGAConfig, not {type(given).__name__}")
         return LoraGAConfig(direction=given.direction, scale=given.scale, stable_gamma=given.stable_gamma)
     raise UserError(
         f'init_lora_weights={config.init_lora_weights!r}: no gradient start; use "lora_ga" or "lora_one"'
@@ -440,8 +481,8 @@ def _check_choices(owner: str, config: Any, **choices: list[str]) -> None:
         value = getattr(config, key)
         if value not in valid:
             raise UserError(f"{owner}: {key}={value!r}; valid: {', '.join(valid)}")
-    if not config.stable_gamma > 0:
-        raise UserError(f"{owner}: stable_gamma={config.stable_gamma}; it must be above 0")
+    if not isinstance(config.stable_gamma, (int, float)) or not config.stable_gamma > 0:
+        raise UserError(f"{owner}: stable_gamma={config.stable_gamma!r}; it must be a number above 0")
 
 
 def _n_processes() -> int:

@@ -154,6 +154,10 @@ def target_names(model: Any, config: PeftConfig) -> tuple[str, ...]:
         what = "the model has no linear layer" if not layers else "the list is empty; use all, or name layers"
         raise UserError(f"peft.lora_target_modules: {what}")
     names = tuple(layers) if config.lora_target_modules == "all" else _matching(model, layers, config)
+    exclude = config.lora_exclude_modules
+    for pattern in [exclude] if isinstance(exclude, str) else exclude or []:
+        if all(_is_kept(name, PeftConfig(lora_exclude_modules=pattern)) for name in names):
+            raise UserError(f"peft.lora_exclude_modules: {pattern!r} matches no target, such as {names[0]}")
     restricted = tuple(name for name in names if _is_kept(name, config))
     if not restricted:
         raise UserError(
@@ -200,8 +204,9 @@ def check_rank(model: Any, targets: tuple[str, ...], config: ExperimentConfig) -
         if (2 * rank if doubled else rank) > limit:
             what = f"needs 2r = {2 * rank} directions" if doubled else f"is {rank}"
             most = limit // 2 if doubled else limit
+            where = "peft.lora_r" if rank == adapter_rank(model, config.peft) else "peft.rank_pattern"
             raise UserError(
-                f"peft.lora_r={rank}: {what}, but the weight of {name} has rank {limit}; use r <= {most}"
+                f"{where}={rank}: {what}, but the weight of {name} has rank {limit}; use r <= {most}"
             )
 
 

@@ -46,7 +46,7 @@ def _method(config: ExperimentConfig) -> str:
     direction = ALIASES.get(init.direction, init.direction)
     normalize = f", normalize {init.normalize}" if direction == "LoRA-One" else ""
     normalize += "" if init.objective == "gradient" else f", objective {init.objective}"
-    return f"{init.direction}: scale {init.scale}, gamma {init.stable_gamma:g}{normalize}"
+    return f"{init.direction}: scale {init.scale}, gamma {init.gamma:g}{normalize}"
 
 
 def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:

@@ -96,6 +96,16 @@ class PortableMixin:
         self._refuse_another(adapter_name)
         super().add_adapter(adapter_name, *arguments, **settings)  # type: ignore[misc]
 
+    def unload(self) -> Any:
+        """As PEFT's.
+
+        Raises:
+            UserError: If the base is shifted: what is left would not be the pretrained model.
+        """
+        if self._shifts_base():
+            raise UserError("unload: the base weights are shifted; load the pretrained model again")
+        return self.base_model.unload()  # type: ignore[attr-defined]
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """As PEFT's: inside, the model is the pretrained one, with a shifted base too.

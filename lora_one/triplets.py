@@ -46,7 +46,7 @@ def check_gradient(name: str, G_OI: Tensor) -> float:
     """
     norm = float(torch.linalg.vector_norm(G_OI, dtype=torch.float64))
     if not math.isfinite(norm):
-        raise UserError(f"{name}: its gradient is not finite; check the data, or use model.bf16=false")
+        raise UserError(f"{name}: its gradient is not finite; check the data, or compute in float32")
     if norm == 0.0:
         raise UserError(
             f"{name}: its gradient is zero; leave it out of the target modules, or check that the data "

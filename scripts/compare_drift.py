@@ -109,8 +109,8 @@ def measure(
     settle(model)
     try:
         started = start(model, batches)
-    except (ValueError, TypeError) as error:
-        return f"refused: {str(error).split('.')[0]}", "", ""
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"refused: {str(error).splitlines()[0]}", "", ""
     as_run = exact = relative(logits(started, batches), before)
     if precision == "bfloat16":
         exact = relative(logits(started.float(), batches), logits(load(source, precision).float(), batches))
@@ -139,11 +139,14 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     torch.manual_seed(0)
     try:
         source = model_source(arguments.model)
         batches = read_batches(source, arguments.data)
-    except (UserError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"error: --data {arguments.data}: {error.strerror}; give a text file")
+    except UserError as error:
         sys.exit(f"error: {error}")
     names = {name.rsplit(".", 1)[-1] for name in linear_layers(load(source, "float32"))}
     settings = {"r": arguments.r, "lora_alpha": 16, "use_rslora": True, "target_modules": sorted(names)}

@@ -252,7 +252,7 @@ def test_pefts_own_get_peft_model_refuses_rather_than_starting_in_its_default_wa
     model, config = build("linear"), config_of("linear", direction)
     if prepare:
         preprocess_loraga(model, config, lambda: backward(model))
-    with pytest.raises(ValueError, match=r"by lora_one\.get_peft_model"):
+    with pytest.raises(ValueError, match=r"call lora_one\.get_peft_model, not PEFT"):
         peft.get_peft_model(model, config)
 
 
@@ -285,8 +285,11 @@ def test_wrong_settings_are_named(make, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"r": 40}, "r=40: the start needs 80 directions"),
-        ({"target_modules": ["nothing"]}, "matches no layer"),
+        ({"r": 40}, "rank 40: the start needs 80 directions"),
+        ({"target_modules": ["nothing"]}, "'nothing' matches no layer; the model has: down_proj"),
+        ({"target_modules": ["q_proj", "c_attn"]}, "'c_attn' matches no layer"),
+        ({"target_modules": "(("}, "no regular expression"),
+        ({"layers_to_transform": [99]}, "no layer is left with .*layers_to_transform=.99"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens cannot take an adapter, it is an embedding"),
         ({"target_modules": ["input_layernorm"]}, "it is no linear layer but LlamaRMSNorm"),
         ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
@@ -435,7 +438,7 @@ def test_a_stock_config_is_marked_too_so_that_peft_refuses_it():
     settings = {"init_lora_weights": "lora_ga", "lora_ga_config": peft.tuners.lora.LoraGAConfig()}
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], **settings)
     preprocess_loraga(model, config, lambda: backward(model))
-    with pytest.raises(ValueError, match=r"by lora_one\.get_peft_model"):
+    with pytest.raises(ValueError, match=r"call lora_one\.get_peft_model, not PEFT"):
         peft.get_peft_model(build("linear"), config)
     assert relative(logits(get_peft_model(model, config)), logits(build("linear"))) < 1e-5
 
@@ -565,3 +568,46 @@ def step_that_fails_on_one_process(_: str) -> None:
 
 def test_a_failure_on_one_process_ends_them_all():
     on_two_processes(step_that_fails_on_one_process, "")
+
+
+def test_data_that_runs_out_is_named():
+    model, batches = build("linear"), iter([IDS, IDS])
+
+    def train_step() -> None:
+        for _ in range(64):
+            ids = next(batches)
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    with pytest.raises(UserError, match="ran out after 2 batches"):
+        preprocess_loraga(model, ga(), train_step)
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    model = build("linear")
+    with pytest.raises(UserError, match=r"give model\.module"):
+        preprocess_loraga(nn.DataParallel(model), ga(), lambda: backward(model))
+    with pytest.raises(UserError, match="the first argument is the model"):
+        preprocess_loraga(ga(), model, lambda: backward(model))
+    with pytest.raises(UserError, match="no such file yet; give a train_step"):
+        preprocess_loraga(model, ga(), None, tmp_path / "missing")
+    with pytest.raises(UserError, match="give a LoraGAConfig, not LoraOneConfig"):
+        LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraOneConfig())
+    with pytest.raises(UserError, match='has no effect here; use init_lora_weights="lora_ga"'):
+        LoraConfig(lora_ga_config=LoraGAConfig())
+    with pytest.raises(UserError, match="did you mean 'lora_ga'"):
+        LoraConfig(init_lora_weights="loraga")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "pissa", "pissa_niter_4", "olora"])
+def test_pefts_other_starts_work_with_our_config(start):
+    model = get_peft_model(
+        build("linear"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    )
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_unloading_a_shifted_base_is_refused():
+    with pytest.raises(UserError, match="load the pretrained model again"):
+        adapted(build("linear"), ga()).unload()
+    plain = adapted(build("linear"), config_of("linear", "LoRA-One")).unload()
+    assert relative(logits(plain), logits(build("linear"))) < 1e-6
