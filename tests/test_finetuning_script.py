@@ -265,7 +265,7 @@ def test_mistakes_are_one_line(script, tmp_path, gpt2):
             "too few for 10000 and 1; give more text, or lower --grad_estimate_iters",
         ),
         ("--r 60", "rank 60: the start needs 120 directions, but transformer.h.0.attn.c_attn has rank 64"),
-        ("--target_modules q_proj", "matches no layer of the model"),
+        ("--target_modules q_proj", "matches no layer; the model has"),
         ("--r 0", "--r 0: give a number above 0"),
         ("--lora_dropout 1", "--lora_dropout 1.0: give a number from 0 to below 1"),
         ("--stable_gamma 0", "stable_gamma=0.0; it must be above 0"),
