@@ -268,7 +268,7 @@ def test_mistakes_are_one_line(script, tmp_path, gpt2):
         ("--target_modules q_proj", "matches no layer; the model has"),
         ("--r 0", "--r 0: give a number above 0"),
         ("--lora_dropout 1", "--lora_dropout 1.0: give a number from 0 to below 1"),
-        ("--stable_gamma 0", "stable_gamma=0.0; it must be above 0"),
+        ("--stable_gamma 0", "stable_gamma=0.0; it must be a number above 0"),
         ("--direction sideways", "argument --direction: invalid choice: 'sideways'"),
         ("--num_epoch three", "argument --num_epochs: invalid float value: 'three'"),
         ("--colour red", "unrecognized arguments: --colour red"),
