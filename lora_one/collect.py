@@ -5,8 +5,9 @@ away as soon as it is made. Quantised layers have no such gradient; theirs is ``
 positions, from the layer's input ``x`` and the gradient ``δ`` of its output.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,18 +49,43 @@ def collect_gradients(model: Any, targets: Sequence[str]) -> Iterator[GradientSu
         model: The pretrained model, without adapters; on any device, quantised or not.
         targets: Names of linear layers.
     """
+    sums = GradientSums()
+    with _recording(model, lambda: _watch(model, targets, sums)):
+        yield sums
+
+
+@contextmanager
+def watch_activations(
+    model: Any, targets: Sequence[str], add: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Hands every target's inputs and output gradients to ``add`` while the caller runs passes.
+
+    No weight takes a gradient. Inside, dropout is off; everything is as before afterwards.
+
+    Args:
+        model: The pretrained model, without adapters.
+        targets: Names of linear layers.
+        add: Receives the layer's name, its input (positions, in) and the gradient of its output
+            (positions, out), both float32 on the layer's device.
+    """
+    with _recording(model, lambda: _watch_activations(model, targets, add)):
+        yield
+
+
+@contextmanager
+def _recording(model: Any, hooks: Callable[[], Iterator[Any]]) -> Iterator[None]:
+    """Sets hooks on a frozen model without dropout, and puts everything back."""
     settle(model)
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    sums = GradientSums()
     try:
-        with ExitStack() as hooks:
-            hooks.enter_context(_no_dropout(model))
+        with ExitStack() as stack:
+            stack.enter_context(_no_dropout(model))
             model.requires_grad_(False)
-            for handle in _watch(model, targets, sums):
-                hooks.callback(handle.remove)
-            yield sums
+            for handle in hooks():
+                stack.callback(handle.remove)
+            yield
     finally:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
@@ -67,6 +93,18 @@ def collect_gradients(model: Any, targets: Sequence[str]) -> Iterator[GradientSu
             parameter.grad = grad
         for module, mode in modes:
             module.training = mode
+
+
+def _watch_activations(
+    model: Any, targets: Sequence[str], add: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module.register_forward_hook(_begin_graph)
+    for name in targets:
+        layer = model.get_submodule(name)
+        yield layer.register_forward_pre_hook(_take_gradient)
+        yield _on_output_gradient(layer, partial(add, name))
 
 
 def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[Any]:
@@ -105,15 +143,22 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
 def _from_activations(layer: Any, name: str, sums: GradientSums) -> Any:
     G_OI = sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
 
-    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x_NI = inputs[0].detach().flatten(0, -2)
+    def add(x_NI: Tensor, delta_NO: Tensor) -> None:
+        G_OI.add_((delta_NO.T @ x_NI).cpu())
+        sums.reached.add(name)
 
-        def add(delta: Tensor) -> None:
-            G_OI.add_((delta.detach().flatten(0, -2).float().T @ x_NI.float()).cpu())
-            sums.reached.add(name)
+    return _on_output_gradient(layer, add)
+
+
+def _on_output_gradient(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Any:
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach()
+
+        def hand_over(delta: Tensor) -> None:
+            add(x.flatten(0, -2).float(), delta.detach().flatten(0, -2).float())
 
         if output.requires_grad:
-            output.register_hook(add)
+            output.register_hook(hand_over)
 
     return layer.register_forward_hook(watch)
 

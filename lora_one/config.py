@@ -33,7 +33,16 @@ _OWN_START_KEYS = {"dtype", "shift"}
 _MODE_KEYS: dict[str, set[str]] = {
     "simple": {"lora_A", "lora_B", "lora_A_std", "lora_B_std", "norm_clip"},
     "svd": {"scale", "stable_gamma", "norm_clip"},
-    "gradient": {"direction", "scale", "stable_gamma", "normalize", "objective", "norm_clip", *_SAMPLE_KEYS},
+    "gradient": {
+        "direction",
+        "scale",
+        "stable_gamma",
+        "normalize",
+        "objective",
+        "estimator",
+        "norm_clip",
+        *_SAMPLE_KEYS,
+    },
     "pissa": set(),
     "olora": set(),
     "eva": {"eva_rho", *_SAMPLE_KEYS},
@@ -132,6 +141,9 @@ class InitConfig(Section):
     normalize: Literal["spectral", "none"] = "spectral"
     objective: Literal["gradient", "sign", "adam"] = Field(
         "gradient", description="decompose G, decompose sign(G), or fit Adam's first step"
+    )
+    estimator: Literal["exact", "sketch", "sketch_two_pass"] = Field(
+        "exact", description="the whole gradient, or sketches of it in one pass or two"
     )
     norm_clip: bool = Field(False, description="no entry of s·B·A above the largest of W")
     dtype: Literal["fp32", "bf16"] = Field(
@@ -346,6 +358,11 @@ def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[st
         _check_adapter(peft, init)
         _check_mode(init, named)
         _check_scale(init)
+        if init.estimator != "exact" and init.objective != "gradient":
+            raise UserError(
+                f"init.objective={init.objective}: needs every entry of the gradient, which "
+                f"init.estimator={init.estimator} never forms; use init.estimator=exact"
+            )
         conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
         if conflict is not None:
             raise UserError(f"init.{conflict[0]}={getattr(init, conflict[0])}: {conflict[1]}")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,16 @@ from lora_one.losses import to_device, weighted_loss
 from lora_one.objectives import AdamFactors
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
+from lora_one.sketch import SketchedGradient, SketchSize
 from lora_one.starts import LayerEstimate, reduce_gradient
-from lora_one.triplets import Triplets
+from lora_one.streaming import stream_gradients
+from lora_one.triplets import Triplets, check_norm, with_signs
 
 # Seeds of the sample, apart from the (seed, epoch) of the training order.
 _GRADIENT_STREAM = (0, 1)
 _ANNOUNCE_AFTER = 5  # batches
+# The gradient of so many examples already points where the whole sample's does.
+_WARM_UP_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class GradientEstimate:
     n_examples: int
     n_tokens: int
     seconds: float
+    estimator: str = "exact"
+    errors: tuple[float, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """What the record keeps: the sample, and how well the layers' factors hold what they aim at."""
@@ -58,7 +64,9 @@ class GradientEstimate:
             "n_examples": self.n_examples,
             "n_tokens": self.n_tokens,
             "seconds": round(self.seconds, 3),
+            "estimator": self.estimator,
             **known,
+            **({"error_estimate_worst": max(self.errors)} if self.errors else {}),
         }
 
 
@@ -137,16 +145,31 @@ def estimate_gradient(
     )
     if config.init.do_subsampling is False:
         progress = _announced(progress, len(batches), len(indices), processes)
-    gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
-    for G_OI in {id(tensor): tensor for tensor in gradients.values()}.values():
-        processes.sum_(G_OI)
-    start, generator = config.gradient_start(), torch.Generator().manual_seed(config.seed)
-    layers = {
-        name: reduce_gradient(name, gradients.pop(name).to(processes.device), start, ranks[name], generator)
-        for name in targets
-    }
+    errors: list[float] = []
+    if config.init.estimator == "exact":
+        gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
+        layers = _reduce(gradients, targets, config, ranks, processes)
+    else:
+        first = sample_batches(examples, config, pad_id, replace(processes, rank=0, world_size=1))[1]
+        warm_up = first[: -(-_WARM_UP_EXAMPLES // config.init.bsz)]
+        needed = {name: config.gradient_start().triplets_needed(ranks[name]) for name in targets}
+        streamed = stream_gradients(
+            model,
+            targets,
+            batches if config.init.estimator == "sketch_two_pass" else progress,
+            warm_up,
+            lambda slots: _run_batch(model, examples, slots, pad_id, processes.device),
+            size=sketch_size(max(needed.values())),
+            two_passes=config.init.estimator == "sketch_two_pass",
+            seed=config.seed,
+            processes=processes,
+        )
+        loss, errors = streamed.loss, [sketched.error for sketched in streamed.layers.values()]
+        layers = {name: _triplets(name, part, needed[name]) for name, part in streamed.layers.items()}
     return GradientEstimate(
         layers=layers,
+        estimator=config.init.estimator,
+        errors=tuple(errors),
         loss=float(processes.sum_(torch.tensor(loss))),
         n_examples=len(indices),
         n_tokens=sum(len(examples[index].ids) for index in indices),
@@ -167,14 +190,46 @@ def accumulate_gradients(
     Returns:
         Per target ``G_OI`` in float32 on the CPU, and the summed loss.
     """
-    total = 0.0
     with collect_gradients(model, targets) as sums:
-        for slots in batches:
-            batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
-            loss = weighted_loss(model, to_device(batch, device))
-            loss.backward()
-            total += loss.item()
+        total = sum(_run_batch(model, examples, slots, pad_id, device) for slots in batches)
     return sums.G_OI, total
+
+
+def sketch_size(n_triplets: int) -> SketchSize:
+    """Columns of the sketches that find ``n_triplets`` triplets well: twice as many, at least 32."""
+    right = max(32, 2 * n_triplets)
+    return SketchSize(right=right, left=2 * right)
+
+
+def _run_batch(
+    model: Any, examples: Sequence[Encoded], slots: list[Slot], pad_id: int, device: torch.device
+) -> float:
+    batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
+    loss = weighted_loss(model, to_device(batch, device))
+    loss.backward()
+    return loss.item()
+
+
+def _reduce(
+    gradients: dict[str, Tensor],
+    targets: Sequence[str],
+    config: ExperimentConfig,
+    ranks: Mapping[str, int],
+    processes: Processes,
+) -> dict[str, LayerEstimate]:
+    """Sums over the processes, and keeps of each gradient what its start needs."""
+    for G_OI in {id(tensor): tensor for tensor in gradients.values()}.values():
+        processes.sum_(G_OI)
+    start, generator = config.gradient_start(), torch.Generator().manual_seed(config.seed)
+    return {
+        name: reduce_gradient(name, gradients.pop(name).to(processes.device), start, ranks[name], generator)
+        for name in targets
+    }
+
+
+def _triplets(name: str, part: SketchedGradient, n_triplets: int) -> Triplets:
+    norm = check_norm(name, part.norm)
+    return with_signs(part.U_OK[:, :n_triplets], part.S_K[:n_triplets], part.V_IK[:, :n_triplets], norm)
 
 
 def _announced(

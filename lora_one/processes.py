@@ -55,6 +55,12 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_main_(self, *tensors: torch.Tensor) -> None:
+        """Overwrites the tensors, which lie on the device, with the main process's."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def wait(self) -> None:
         """Returns when every process has come here."""
         if self.world_size > 1:

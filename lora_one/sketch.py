@@ -75,21 +75,34 @@ class LayerSketch:
         """Whether Ω and Ψ are chosen."""
         return self._omega_IC is not None
 
-    def start(self, x_NI: Tensor, delta_NO: Tensor) -> None:
-        """Chooses Ω and Ψ from the gradient of these positions alone."""
-        U_OK, V_IK = leading_vectors(delta_NO, x_NI, self._noise_IK.to(x_NI))
-        noise_OE = self._noise_OL[:, U_OK.shape[1] :].to(x_NI)
-        self._psi_OL = _orthonormal(torch.cat([U_OK, noise_OE], dim=1))
-        self._omega_IC = torch.cat([V_IK, self._probes_IP.to(x_NI)], dim=1)
-        self.Y_OC, self.Z_LI = self.Y_OC.to(x_NI.device), self.Z_LI.to(x_NI.device)
+    @property
+    def omega_IC(self) -> Tensor:
+        """Ω, then the probes."""
+        assert self._omega_IC is not None, "the sketch has no directions yet"
+        return self._omega_IC
+
+    @property
+    def psi_OL(self) -> Tensor:
+        """Ψ, orthonormal."""
+        assert self._psi_OL is not None, "the sketch has no directions yet"
+        return self._psi_OL
+
+    def start(self, U_OK: Tensor, V_IK: Tensor) -> None:
+        """Chooses Ω and Ψ: the given singular vectors, Ψ filled up with random directions."""
+        noise_OE = self._noise_OL[:, U_OK.shape[1] :].to(U_OK)
+        self._psi_OL = _orthonormal(torch.cat([U_OK, noise_OE], dim=1)).contiguous()
+        self._omega_IC = torch.cat([V_IK, self._probes_IP.to(V_IK)], dim=1).contiguous()
+        self.Y_OC, self.Z_LI = self.Y_OC.to(U_OK.device), self.Z_LI.to(U_OK.device)
 
     def add(self, x_NI: Tensor, delta_NO: Tensor) -> None:
-        """Adds one batch: inputs and output gradients of its positions, float32."""
+        """Adds one batch: inputs and output gradients of its positions, float32.
+
+        A sketch without directions takes them from the gradient of this batch alone.
+        """
         if not self.is_started:
-            self.start(x_NI, delta_NO)
-        assert self._omega_IC is not None and self._psi_OL is not None
-        self.Y_OC.addmm_(delta_NO.T, x_NI @ self._omega_IC)
-        self.Z_LI.addmm_((delta_NO @ self._psi_OL).T, x_NI)
+            self.start(*leading_vectors(delta_NO, x_NI, self._noise_IK.to(x_NI)))
+        self.Y_OC.addmm_(delta_NO.T, x_NI @ self.omega_IC)
+        self.Z_LI.addmm_((delta_NO @ self.psi_OL).T, x_NI)
 
     def basis(self) -> Tensor:
         """``Q_OK``, an orthonormal basis of ``G Ω``."""
@@ -101,12 +114,11 @@ class LayerSketch:
         Args:
             exact_KI: ``Qᵀ G`` of a second pass; without it, it is solved for from ``Ψᵀ G``.
         """
-        assert self._psi_OL is not None, "no batch was added"
         Q_OK, probed_OP = self.basis().double(), self.Y_OC[:, self._noise_IK.shape[1] :].double()
         if exact_KI is not None:
             B_KI = exact_KI.double()
         else:
-            B_KI = torch.linalg.lstsq(self._psi_OL.double().T @ Q_OK, self.Z_LI.double()).solution
+            B_KI = torch.linalg.lstsq(self.psi_OL.double().T @ Q_OK, self.Z_LI.double()).solution
         inner_KK, S_K, Vt_KI = torch.linalg.svd(B_KI, full_matrices=False)
         rest_OP = probed_OP - Q_OK @ (B_KI @ self._probes_IP.to(B_KI))
         rest = float(rest_OP.square().sum()) / max(1, rest_OP.shape[1])

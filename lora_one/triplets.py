@@ -32,9 +32,13 @@ def decompose(name: str, G_OI: Tensor, n_triplets: int) -> Triplets:
         UserError: If the gradient is zero or not finite, naming the target.
     """
     norm = check_gradient(name, G_OI)
-    U_OK, S_K, V_IK = leading_svd(G_OI, n_triplets)
+    return with_signs(*leading_svd(G_OI, n_triplets), norm)
+
+
+def with_signs(U_OK: Tensor, S_K: Tensor, V_IK: Tensor, norm: float) -> Triplets:
+    """Triplets under the sign convention: the largest entry of each column of U is positive."""
     largest_K = U_OK.abs().argmax(dim=0)
-    sign_K = U_OK[largest_K, torch.arange(U_OK.shape[1], device=G_OI.device)].sign()
+    sign_K = U_OK[largest_K, torch.arange(U_OK.shape[1], device=U_OK.device)].sign()
     return Triplets((U_OK * sign_K).cpu(), S_K.cpu(), (V_IK * sign_K).cpu(), norm)
 
 
@@ -44,7 +48,15 @@ def check_gradient(name: str, G_OI: Tensor) -> float:
     Raises:
         UserError: If it is zero or not finite, naming the target.
     """
-    norm = float(torch.linalg.vector_norm(G_OI, dtype=torch.float64))
+    return check_norm(name, float(torch.linalg.vector_norm(G_OI, dtype=torch.float64)))
+
+
+def check_norm(name: str, norm: float) -> float:
+    """The norm itself.
+
+    Raises:
+        UserError: If it is zero or not finite, naming the target.
+    """
     if not math.isfinite(norm):
         raise UserError(f"{name}: its gradient is not finite; check the data, or compute in float32")
     if norm == 0.0:
