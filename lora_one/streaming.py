@@ -1,7 +1,7 @@
 """The streaming estimators: sketches of every target's gradient, summed over a sample's batches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,10 +54,38 @@ def stream_gradients(
     Raises:
         UserError: If a target shares its weight with a layer that is none, or gets no gradient.
     """
+    rough = _new_sketches(model, targets, size, seed + 1)
+    alone = replace(processes, rank=0, world_size=1)
+    # A second pass over so few examples is cheap, and finds better directions.
+    found, _ = _sketch(model, targets, rough, warm_up, run_batch, two_passes=True, processes=alone)
     sketches = _new_sketches(model, targets, size, seed)
-    _choose_directions(model, targets, sketches, warm_up, run_batch, size, seed, processes)
+    for name, sketch in sketches.items():
+        if not sketch.is_started:
+            device = rough[name].Y_OC.device
+            sketch.start(found[name].U_OK.to(device), found[name].V_IK.to(device))
+            processes.from_main_(sketch.omega_IC, sketch.psi_OL)
+    layers, loss = _sketch(
+        model, targets, sketches, batches, run_batch, two_passes=two_passes, processes=processes
+    )
+    return StreamedGradients(layers, loss)
+
+
+def _sketch(
+    model: Any,
+    targets: Sequence[str],
+    sketches: Mapping[str, LayerSketch],
+    batches: Iterable[Any],
+    run_batch: RunBatch,
+    *,
+    two_passes: bool,
+    processes: Processes,
+) -> tuple[dict[str, SketchedGradient], float]:
+    """Fills the sketches from one or two passes over ``batches``, and solves them."""
     loss = _pass(model, targets, batches, run_batch, lambda name, x, d: sketches[name].add(x, d))
     unique = list({id(sketch): sketch for sketch in sketches.values()}.values())
+    for name, sketch in sketches.items():
+        if not sketch.is_started:
+            raise UserError(f"{name}: no gradient reached it; leave it out of peft.lora_target_modules")
     for sketch in unique:
         processes.sum_(sketch.Y_OC)
         processes.sum_(sketch.Z_LI)
@@ -74,7 +102,7 @@ def stream_gradients(
         for coefficients_KI in exact.values():
             processes.sum_(coefficients_KI)
     solved = {id(sketch): sketch.solve(exact.get(id(sketch))) for sketch in unique}
-    return StreamedGradients({name: solved[id(sketches[name])] for name in targets}, loss)
+    return {name: solved[id(sketches[name])] for name in targets}, loss
 
 
 def _new_sketches(model: Any, targets: Sequence[str], size: SketchSize, seed: int) -> dict[str, LayerSketch]:
@@ -95,29 +123,6 @@ def _new_sketches(model: Any, targets: Sequence[str], size: SketchSize, seed: in
         if id(weight) not in by_weight:
             by_weight[id(weight)] = LayerSketch(shape_OI(model.get_submodule(name)), size, generator)
     return {name: by_weight[id(weight)] for name, weight in weights.items()}
-
-
-def _choose_directions(
-    model: Any,
-    targets: Sequence[str],
-    sketches: Mapping[str, LayerSketch],
-    warm_up: Sequence[Any],
-    run_batch: RunBatch,
-    size: SketchSize,
-    seed: int,
-    processes: Processes,
-) -> None:
-    """Starts the sketches from a rough sketch of the first batches."""
-    rough = _new_sketches(model, targets, size, seed + 1)
-    _pass(model, targets, warm_up, run_batch, lambda name, x, d: rough[name].add(x, d))
-    for name, sketch in sketches.items():
-        if not rough[name].is_started:
-            raise UserError(f"{name}: no gradient reached it; leave it out of peft.lora_target_modules")
-        if not sketch.is_started:
-            found = rough[name].solve()
-            device = rough[name].Y_OC.device
-            sketch.start(found.U_OK.to(device), found.V_IK.to(device))
-            processes.from_main_(sketch.omega_IC, sketch.psi_OL)
 
 
 def _pass(

@@ -62,6 +62,12 @@ def real_examples():
     ]
 
 
+def kept(ours, best) -> float:
+    """Energy of the best triplets that lies between our singular vectors."""
+    inner = (ours.U_OK.T @ best.U_OK * best.S_K) @ best.V_IK.T @ ours.V_IK
+    return float(inner.square().sum() / best.S_K.square().sum())
+
+
 @pytest.mark.parametrize("estimator", STREAMING)
 @pytest.mark.parametrize("bsz", [1, 4, 10])
 def test_on_a_pretrained_model_nothing_visible_is_lost(estimator, bsz):
@@ -71,9 +77,7 @@ def test_on_a_pretrained_model_nothing_visible_is_lost(estimator, bsz):
     assert found.loss == pytest.approx(exact.loss, rel=1e-5)
     for name, ours in found.layers.items():
         best = exact.layers[name]
-        inner = (ours.U_OK.T @ best.U_OK * best.S_K) @ best.V_IK.T @ ours.V_IK
-        kept = float(inner.square().sum() / best.S_K.square().sum())
-        assert kept > 0.98, (name, kept)
+        assert kept(ours, best) > 0.98, name
         assert float((ours.U_OK[:, 0] - best.U_OK[:, 0]).norm()) < 0.05, name  # the sign convention too
         assert ours.norm == pytest.approx(best.norm, rel=0.1)
     assert 0 <= found.summary()["error_estimate_worst"] < 0.6
@@ -132,11 +136,12 @@ def test_inputs_and_output_gradients_make_the_gradient_of_every_layer_kind(kind)
 def test_on_a_4_bit_base(estimator, tmp_path):
     from test_layers import quantised
 
-    exact = products(estimate(quantised("4bit", tmp_path), "exact"))
-    found = products(estimate(quantised("4bit", tmp_path), estimator))
+    exact = estimate(quantised("4bit", tmp_path), "exact")
+    found = estimate(quantised("4bit", tmp_path), estimator)
     # Random weights: the spectrum is flat, which one pass feels.
-    tolerance = 0.5 if estimator == "sketch" else 0.2
-    assert all(relative(found[name], exact[name]) < tolerance for name in exact)
+    least = 0.85 if estimator == "sketch" else 0.95
+    for name, ours in found.layers.items():
+        assert kept(ours, exact.layers[name]) > least, name
 
 
 def test_a_weight_shared_with_the_embedding_is_refused():
