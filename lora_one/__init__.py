@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_one.errors import UserError
-    from lora_one.library import (
-        LoraConfig,
-        LoraGAConfig,
-        LoraOneConfig,
-        get_peft_model,
-        preprocess_lora_one,
-        preprocess_loraga,
-    )
+    from lora_one.library import get_peft_model, preprocess_lora_one, preprocess_loraga
+    from lora_one.settings import LoraConfig, LoraGAConfig, LoraOneConfig
 
 __version__ = "0.1.0"
 
@@ -36,6 +30,6 @@ def __getattr__(name: str) -> Any:
     """The library when it is asked for: its imports take seconds, which a table of results need not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lora_one import errors, library
+    from lora_one import errors, library, settings
 
-    return getattr(errors if name == "UserError" else library, name)
+    return next(getattr(place, name) for place in (errors, settings, library) if hasattr(place, name))

@@ -93,7 +93,7 @@ def lora_config(
 def adalora_config(
     targets: Sequence[str], config: PeftConfig, rank: int, total_steps: int, **settings: Any
 ) -> LoraConfig:
-    """AdaLoRA with the schedule of its paper's examples, for ``total_steps`` optimiser steps.
+    """AdaLoRA, its schedule in shares of ``total_steps`` optimiser steps.
 
     Every target starts with rank ``⌈1.5 r⌉``; the budget falls to r on average between a tenth and
     half of the training.
@@ -103,7 +103,7 @@ def adalora_config(
     """
     if total_steps < 2:
         raise UserError(
-            f"peft.adalora=true: {total_steps} steps are too few for its schedule; use at least 10"
+            f"peft.adalora=true: {total_steps} steps are too few for its schedule; use at least 2"
         )
     return AdaLoraConfig(
         target_r=rank,
@@ -112,7 +112,7 @@ def adalora_config(
         tfinal=total_steps // 2,
         deltaT=max(1, total_steps // 100),
         total_step=total_steps,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT says int, and divides by r
         lora_dropout=config.lora_dropout,
         target_modules=list(targets),
         **settings,

@@ -69,7 +69,7 @@ def peft_starts(
 
     if mode == "eva":
         eva = settings(init_lora_weights="eva", eva_config=EvaConfig(rho=config.init.eva_rho))
-        return _eva(model, eva, list(batches))
+        return _eva(model, eva, max(ranks.values()), list(batches))
     if mode == "corda":
         corda = CordaConfig(corda_method=config.init.corda_method)
         start = settings(init_lora_weights="corda", corda_config=corda)
@@ -113,8 +113,9 @@ def _captured(
     }
 
 
-def _eva(model: Any, start: LoraConfig, batches: list[Batch]) -> dict[str, AdapterInit]:
-    needed = int(max(start.r, *(start.rank_pattern or {"": 0}).values()) * start.eva_config.rho)  # type: ignore[union-attr]
+def _eva(model: Any, start: LoraConfig, rank: int, batches: list[Batch]) -> dict[str, AdapterInit]:
+    assert start.eva_config is not None
+    needed = int(rank * start.eva_config.rho)
     most = max(int((batch["labels"] != IGNORED).sum()) for batch in batches)
     if most < needed:
         raise UserError(
@@ -127,17 +128,18 @@ def _eva(model: Any, start: LoraConfig, batches: list[Batch]) -> dict[str, Adapt
     )
     starts = {}
     for name, A_RI in components.items():
-        rank, n_out = A_RI.shape[0], shape_OI(model.get_submodule(name))[0]
-        if rank > 0:
-            starts[name] = AdapterInit(A_RI.cpu().float(), torch.zeros(n_out, rank), shifts_base=False)
+        own_rank, n_out = A_RI.shape[0], shape_OI(model.get_submodule(name))[0]
+        if own_rank > 0:
+            starts[name] = AdapterInit(A_RI.cpu().float(), torch.zeros(n_out, own_rank), shifts_base=False)
     return starts
 
 
 def _peft_lora_ga(config: ExperimentConfig) -> LoraGAConfig:
     init = config.init
-    direction = "ArB2r" if init.direction == "LoRA-GA" else init.direction
+    direction: Any = "ArB2r" if init.direction == "LoRA-GA" else init.direction
     scale: Any = _SCALES.get(init.scale, init.scale)
-    return LoraGAConfig(direction=direction, scale=scale, stable_gamma=init.gamma)  # type: ignore[arg-type]
+    gamma: Any = init.gamma  # PEFT says int, and takes its root
+    return LoraGAConfig(direction=direction, scale=scale, stable_gamma=gamma)
 
 
 def _forward(model: Any, batches: Iterable[Batch]) -> None:

@@ -83,6 +83,9 @@ def _recording(model: Any, hooks: Callable[[], Iterator[Any]]) -> Iterator[None]
         with ExitStack() as stack:
             stack.enter_context(_no_dropout(model))
             model.requires_grad_(False)
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_hook(_begin_graph).remove)
             for handle in hooks():
                 stack.callback(handle.remove)
             yield
@@ -98,9 +101,6 @@ def _recording(model: Any, hooks: Callable[[], Iterator[Any]]) -> Iterator[None]
 def _watch_activations(
     model: Any, targets: Sequence[str], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[Any]:
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            yield module.register_forward_hook(_begin_graph)
     for name in targets:
         layer = model.get_submodule(name)
         yield layer.register_forward_pre_hook(_take_gradient)
@@ -110,19 +110,22 @@ def _watch_activations(
 def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[Any]:
     """Sets the hooks; yields their handles as they are made."""
     yield _count_calls(model, sums)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            yield module.register_forward_hook(_begin_graph)
     by_weight: dict[int, list[str]] = {}
+    quantised = [name for name in targets if quantisation(model.get_submodule(name))]
     for name in targets:
         layer = model.get_submodule(name)
-        if quantisation(layer) is None:
-            by_weight.setdefault(id(layer.weight), []).append(name)
+        if name in quantised:
+            sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
         else:
-            yield layer.register_forward_pre_hook(_take_gradient)
-            yield _from_activations(layer, name, sums)
+            by_weight.setdefault(id(layer.weight), []).append(name)
     for names in by_weight.values():
         yield _from_autograd(model.get_submodule(names[0]), names, sums)
+
+    def add(name: str, x_NI: Tensor, delta_NO: Tensor) -> None:
+        sums.G_OI[name].add_((delta_NO.T @ x_NI).cpu())
+        sums.reached.add(name)
+
+    yield from _watch_activations(model, quantised, add)
 
 
 def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
@@ -138,16 +141,6 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
     layer.weight.grad = None
     layer.weight.requires_grad_(True)
     return layer.weight.register_post_accumulate_grad_hook(move)
-
-
-def _from_activations(layer: Any, name: str, sums: GradientSums) -> Any:
-    G_OI = sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
-
-    def add(x_NI: Tensor, delta_NO: Tensor) -> None:
-        G_OI.add_((delta_NO.T @ x_NI).cpu())
-        sums.reached.add(name)
-
-    return _on_output_gradient(layer, add)
 
 
 def _on_output_gradient(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Any:

@@ -140,14 +140,18 @@ def estimate_gradient(
     """
     begin = time.perf_counter()
     indices, batches = sample_batches(examples, config, pad_id, processes)
-    progress: Iterable[list[Slot]] = progress_bar(
-        batches, shown=processes.is_main, desc="gradient", unit="batch"
-    )
-    if config.init.do_subsampling is False:
-        progress = _announced(progress, len(batches), len(indices), processes)
+
+    def shown_batches() -> Iterable[list[Slot]]:
+        shown = progress_bar(batches, shown=processes.is_main, desc="gradient", unit="batch")
+        if config.init.do_subsampling is False:
+            return _announced(shown, len(batches), len(indices), processes)
+        return shown
+
     errors: list[float] = []
     if config.init.estimator == "exact":
-        gradients, loss = accumulate_gradients(model, targets, examples, progress, pad_id, processes.device)
+        gradients, loss = accumulate_gradients(
+            model, targets, examples, shown_batches(), pad_id, processes.device
+        )
         layers = _reduce(gradients, targets, config, ranks, processes)
     else:
         first = sample_batches(examples, config, pad_id, replace(processes, rank=0, world_size=1))[1]
@@ -156,7 +160,7 @@ def estimate_gradient(
         streamed = stream_gradients(
             model,
             targets,
-            batches if config.init.estimator == "sketch_two_pass" else progress,
+            shown_batches,
             warm_up,
             lambda slots: _run_batch(model, examples, slots, pad_id, processes.device),
             size=sketch_size(max(needed.values())),

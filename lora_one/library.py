@@ -11,18 +11,16 @@ the untouched base model.
 """
 
 import copy
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraGAConfig as PeftLoraGAConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -32,119 +30,16 @@ from torch import Tensor, nn
 from lora_one import adapters
 from lora_one.cache import identity, load_estimates, save_estimates
 from lora_one.collect import GradientSums, collect_gradients
-from lora_one.errors import UserError, nearest
-from lora_one.inits import DIRECTIONS, SCALE_ALIASES, SCALES
+from lora_one.errors import UserError
 from lora_one.layers import is_linear, read_weight, settle, shape_OI, why_unsupported
 from lora_one.models import refuse_shared_modules
 from lora_one.portable_model import make_portable
+from lora_one.settings import MARK, PREPROCESS, is_gradient_start, start_config, start_kind, stock_config
 from lora_one.starts import GradientStart, LayerEstimate, gradient_starts, reduce_gradient
 from lora_one.triplets import Triplets
 
-Scale = Literal["stable", "gd", "gd_scale", "unit", "weightS", "weight_svd"]
-Objective = Literal["gradient", "sign", "adam"]
-Shift = Literal["auto", "weight", "adapter"]
-_PEFT_STARTS = ("True", "False", "gaussian", "pissa", "olora", "eva", "corda", "loftq", "orthogonal", "mica")
-_KINDS = {"lora_ga": "preprocess_loraga", "lora_one": "preprocess_lora_one"}
 _SAMPLED = 256
 _QUANTISATION_ERROR = 0.5  # 4-bit weights are a tenth away, those of another model more than the whole
-# What PEFT's own get_peft_model refuses: it would start the adapter in its default way without a word.
-_MARK = " (call lora_one.get_peft_model, not PEFT's)"
-
-
-@dataclass
-class LoraGAConfig(PeftLoraGAConfig):
-    """LoRA-GA (arXiv 2407.05000); goes into ``LoraConfig(init_lora_weights="lora_ga")``.
-
-    Attributes:
-        direction: ``ArB2r`` (also ``LoRA-GA``), ``A2rBr``, ``ArBr`` or ``random``: which of the first 2r
-            singular vectors of the gradient go to A and B.
-        scale: ``stable`` (``d_out^¼/√γ`` on each factor), ``gd_scale`` (``1/s``), ``unit`` (1) or
-            ``weight_svd`` (mean of ``√(σ_i(W)/s)``).
-        stable_gamma: γ.
-        objective: ``gradient``, or for Adam's first step ``sign`` or ``adam``; see ``objectives``.
-        norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
-        shift: Where ``s·B₀·A₀`` is taken off the base: ``weight``, ``adapter`` (two more frozen
-            factors, exact on a quantised base), ``auto``: ``adapter`` where quantised.
-        seed: For ``direction="random"``.
-    """
-
-    direction: Literal["LoRA-GA", "ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"  # type: ignore[assignment]
-    scale: Scale = "stable"  # type: ignore[assignment]
-    stable_gamma: float = 16  # type: ignore[assignment]
-    objective: Objective = "gradient"
-    norm_clip: bool = False
-    shift: Shift = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_choices("LoraGAConfig", self, direction=[name for name in DIRECTIONS if name != "LoRA-One"])
-
-    def start(self) -> GradientStart:
-        """The settings as the mathematics takes them."""
-        return GradientStart(
-            direction=self.direction,
-            scale=self.scale,
-            gamma=self.stable_gamma,
-            objective=self.objective,
-            norm_clip=self.norm_clip,
-            seed=self.seed,
-        )
-
-
-@dataclass
-class LoraOneConfig:
-    """LoRA-One (arXiv 2502.01235); goes into ``LoraConfig(init_lora_weights="lora_one")``.
-
-    Attributes:
-        scale: ``stable`` (``1/√γ`` on each factor), ``gd_scale``, ``unit`` or ``weight_svd``.
-        stable_gamma: γ.
-        normalize: ``spectral`` divides the singular values by the largest (Algorithm 1); ``none`` is the
-            plain gradient step.
-        objective: ``gradient``, or ``sign`` for Adam's first step.
-        norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
-    """
-
-    scale: Scale = "stable"
-    stable_gamma: float = 128
-    normalize: Literal["spectral", "none"] = "spectral"
-    objective: Objective = "gradient"
-    norm_clip: bool = False
-
-    def __post_init__(self) -> None:
-        _check_choices("LoraOneConfig", self, normalize=["spectral", "none"])
-
-    def start(self) -> GradientStart:
-        """The settings as the mathematics takes them."""
-        return GradientStart(
-            direction="LoRA-One",
-            scale=self.scale,
-            gamma=self.stable_gamma,
-            normalize=self.normalize,
-            objective=self.objective,
-            norm_clip=self.norm_clip,
-        )
-
-
-@dataclass
-class LoraConfig(peft.LoraConfig):
-    """PEFT's ``LoraConfig`` with two more values of ``init_lora_weights``: ``lora_ga``, ``lora_one``."""
-
-    if TYPE_CHECKING:  # PEFT's own field carries metadata that it needs
-        init_lora_weights: Any = True
-    lora_one_config: LoraOneConfig | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        kind = _kind(self)
-        if kind in _KINDS:
-            _start_config(self)
-            self.init_lora_weights = f"{kind}{_MARK}"
-        elif self.lora_ga_config is not None or self.lora_one_config is not None:
-            wanted = "lora_ga" if self.lora_ga_config is not None else "lora_one"
-            raise UserError(f'{wanted}_config: has no effect here; use init_lora_weights="{wanted}"')
-        elif kind not in _PEFT_STARTS and not kind.startswith("pissa_niter_"):
-            hint = nearest(kind, [*_KINDS, *_PEFT_STARTS])
-            raise UserError(f"init_lora_weights={kind!r}: no such start{hint}")
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -164,7 +59,7 @@ def preprocess_loraga(
     The gradient is the mean over the model calls of ``train_step`` whose output takes part in a
     backward pass, summed in float32; with ``torch.distributed`` running, also over its processes.
     Dropout is off meanwhile. Gradients are taken away as they are made, so that zeroing them between
-    batches does no harm; stepping an optimiser is an error. The result stays with ``lora_config``, so
+    batches does no harm; changing a weight is an error. The result stays with ``lora_config``, so
     that it also serves another copy of the model, such as a quantised one.
 
     Args:
@@ -179,7 +74,7 @@ def preprocess_loraga(
             is zero or not finite, a target cannot take an adapter, or the cache does not fit.
     """
     _check_model(model)
-    start = _start_config(lora_config).start()
+    start = start_config(lora_config).start()
     conflict = start.conflict()
     if conflict is not None:
         raise UserError(f"{conflict[0]}: {conflict[1]}")
@@ -197,8 +92,9 @@ def preprocess_loraga(
         layers = _estimate(model, ranks, start, train_step)
         if cache is not None and _is_main():
             save_estimates(cache, layers, start, _weight_samples(model, list(ranks)))
-    lora_config._lora_one_prepared = _Prepared(layers, identity(start))  # type: ignore[attr-defined]
-    lora_config.init_lora_weights = f"{_kind(lora_config)}{_MARK}"  # type: ignore[assignment]
+    prepared: Any = lora_config
+    prepared._lora_one_prepared = _Prepared(layers, identity(start))
+    prepared.init_lora_weights = f"{start_kind(lora_config)}{MARK}"
 
 
 preprocess_lora_one = preprocess_loraga
@@ -222,13 +118,13 @@ def get_peft_model(
     Raises:
         UserError: If the gradients were not prepared, or for another model.
     """
-    if not _is_gradient_start(peft_config):
+    if not is_gradient_start(peft_config):
         return peft.get_peft_model(model, peft_config, adapter_name=adapter_name, **settings)
     assert isinstance(peft_config, peft.LoraConfig)
-    config = _start_config(peft_config)
+    config = start_config(peft_config)
     prepared = getattr(peft_config, "_lora_one_prepared", None)
     if prepared is None:
-        name = _KINDS[_kind(peft_config)]
+        name = PREPROCESS[start_kind(peft_config)]
         raise UserError(f"no gradients: call {name}(model, lora_config, train_step) before get_peft_model")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise UserError("the model already has adapters; a gradient start needs a model without")
@@ -244,7 +140,7 @@ def get_peft_model(
             adapters.check_dora(name, model.get_submodule(name), shift)
     _check_fit(model, prepared.layers, ranks, start, "the prepared gradients")
     settle(model)
-    adapted = peft.get_peft_model(model, _stock(peft_config), adapter_name=adapter_name, **settings)
+    adapted = peft.get_peft_model(model, stock_config(peft_config), adapter_name=adapter_name, **settings)
     inits = gradient_starts(
         {name: prepared.layers[name] for name in ranks},
         start,
@@ -364,7 +260,7 @@ def _check_reached(
                 "leave it out of target_modules"
             )
         if model.get_submodule(name).weight._version != before[name]:
-            raise UserError(f"{name}: train_step changed its weight; do not step an optimiser in it")
+            raise UserError(f"{name}: train_step changed its weight; run forward and backward passes only")
 
 
 def _raise_together(trouble: Exception | None) -> None:
@@ -420,10 +316,8 @@ def _check_fit(
         if layer is None:
             raise UserError(f"{what}: hold nothing on {name}; estimate them for this model and these targets")
         if isinstance(layer, Triplets):
-            shape, enough = (
-                (len(layer.U_OK), len(layer.V_IK)),
-                layer.S_K.numel() >= start.triplets_needed(rank),
-            )
+            shape = (len(layer.U_OK), len(layer.V_IK))
+            enough = layer.S_K.numel() >= start.triplets_needed(rank)
         else:
             shape = (len(layer.B_OR), layer.A_RI.shape[1])
             enough = layer.A_RI.shape[0] == rank
@@ -438,51 +332,6 @@ def _check_model(model: Any) -> None:
         raise UserError("the model is wrapped for several devices; give model.module")
     if not isinstance(model, nn.Module):
         raise UserError(f"the first argument is the model, the second the config; got {type(model).__name__}")
-
-
-def _start_config(config: Any) -> LoraGAConfig | LoraOneConfig:
-    kind = _kind(config)
-    if kind == "lora_one":
-        if not isinstance(getattr(config, "lora_one_config", None), LoraOneConfig):
-            raise UserError('init_lora_weights="lora_one": give lora_one_config=LoraOneConfig(...)')
-        return config.lora_one_config
-    if kind == "lora_ga":
-        given = config.lora_ga_config
-        if given is None:
-            raise UserError('init_lora_weights="lora_ga": give lora_ga_config=LoraGAConfig(...)')
-        if isinstance(given, LoraGAConfig):
-            return given
-        if not isinstance(given, PeftLoraGAConfig):
-            raise UserError(f"lora_ga_config: give a LoraGAConfig, not {type(given).__name__}")
-        return LoraGAConfig(direction=given.direction, scale=given.scale, stable_gamma=given.stable_gamma)
-    raise UserError(
-        f'init_lora_weights={config.init_lora_weights!r}: no gradient start; use "lora_ga" or "lora_one"'
-    )
-
-
-def _kind(config: Any) -> str:
-    return str(getattr(config, "init_lora_weights", "")).removesuffix(_MARK)
-
-
-def _is_gradient_start(config: Any) -> bool:
-    return isinstance(config, peft.LoraConfig) and _kind(config) in _KINDS
-
-
-def _stock(config: peft.LoraConfig) -> peft.LoraConfig:
-    """The same adapter as a config of PEFT's own, with PEFT's own start."""
-    names = [item.name for item in dataclasses.fields(peft.LoraConfig) if item.init]
-    settings = {name: copy.copy(getattr(config, name)) for name in names}
-    return peft.LoraConfig(**settings | {"init_lora_weights": True, "lora_ga_config": None})
-
-
-def _check_choices(owner: str, config: Any, **choices: list[str]) -> None:
-    choices |= {"scale": [*SCALES, *SCALE_ALIASES], "objective": ["gradient", "sign", "adam"]}
-    for key, valid in choices.items():
-        value = getattr(config, key)
-        if value not in valid:
-            raise UserError(f"{owner}: {key}={value!r}; valid: {', '.join(valid)}")
-    if not isinstance(config.stable_gamma, (int, float)) or not config.stable_gamma > 0:
-        raise UserError(f"{owner}: stable_gamma={config.stable_gamma!r}; it must be a number above 0")
 
 
 def _n_processes() -> int:

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -21,8 +21,14 @@ from lora_one.errors import UserError
 from lora_one.inits import AdapterInit
 from lora_one.portable import portable_config, portable_state
 
+# The methods are those of a PEFT model, whose class comes after this one.
+if TYPE_CHECKING:
+    _Base = PeftModel
+else:
+    _Base = object
 
-class PortableMixin:
+
+class PortableMixin(_Base):
     """What ``make_portable`` adds to the class of a PEFT model.
 
     Attributes:
@@ -65,7 +71,7 @@ class PortableMixin:
             # PEFT would write a targeted output head itself too: here, its shifted weight.
             settings.setdefault("save_embedding_layers", False)
         with self._portable_config(base):
-            super().save_pretrained(  # type: ignore[misc]
+            super().save_pretrained(
                 save_directory, *arguments, state_dict=self._portable_state(state_dict), **settings
             )
 
@@ -77,7 +83,7 @@ class PortableMixin:
         """
         if adapter_name == self._started_adapter and self._shifts_base():
             config = PeftConfig.from_pretrained(model_id)
-            own = self.peft_config[adapter_name]  # type: ignore[attr-defined]
+            own: Any = self.peft_config[adapter_name]
             if getattr(config, "r", None) == 2 * own.r:
                 state = self._without_start(load_peft_weights(model_id, device="cpu"), str(model_id))
                 return set_peft_model_state_dict(self, state, adapter_name=adapter_name)
@@ -85,7 +91,7 @@ class PortableMixin:
             settings.setdefault("autocast_adapter_dtype", False)  # its weights keep their dtype
         else:
             self._refuse_another(adapter_name)
-        return super().load_adapter(model_id, adapter_name, *arguments, **settings)  # type: ignore[misc]
+        return super().load_adapter(model_id, adapter_name, *arguments, **settings)
 
     def add_adapter(self, adapter_name: str, *arguments: Any, **settings: Any) -> None:
         """As PEFT's.
@@ -94,7 +100,7 @@ class PortableMixin:
             UserError: If the base is shifted: the new adapter would fit a base that nobody else has.
         """
         self._refuse_another(adapter_name)
-        super().add_adapter(adapter_name, *arguments, **settings)  # type: ignore[misc]
+        super().add_adapter(adapter_name, *arguments, **settings)
 
     def unload(self) -> Any:
         """As PEFT's.
@@ -104,7 +110,8 @@ class PortableMixin:
         """
         if self._shifts_base():
             raise UserError("unload: the base weights are shifted; load the pretrained model again")
-        return self.base_model.unload()  # type: ignore[attr-defined]
+        base: Any = self.base_model
+        return base.unload()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -114,12 +121,13 @@ class PortableMixin:
             UserError: If the base is shifted and the adapter is DoRA's.
         """
         if not self._shifts_base():
-            with super().disable_adapter():  # type: ignore[misc]
+            with super().disable_adapter():
                 yield
             return
-        if self.peft_config[self._started_adapter].use_dora:  # type: ignore[attr-defined]
+        own: Any = self.peft_config[self._started_adapter]
+        if own.use_dora:
             raise UserError("disable_adapter: not with DoRA on a shifted base; load the base model beside it")
-        layers = lora_layers(self)  # type: ignore[arg-type]
+        layers = lora_layers(self)
         held: list[tuple[Any, Tensor]] = []
         try:
             for name, init in self._starts.items():
@@ -140,12 +148,13 @@ class PortableMixin:
         Raises:
             UserError: If the shift of the base is kept in the adapter: the merged weights would lack it.
         """
-        if keeps_shift_in_adapter(self):  # type: ignore[arg-type]
+        if keeps_shift_in_adapter(self):
             raise UserError(
                 "the base is shifted by the adapter, not in its weights: save_pretrained, and merge with "
                 "PeftModel.from_pretrained(base, folder).merge_and_unload()"
             )
-        return self.base_model.merge_and_unload(*arguments, **settings)  # type: ignore[attr-defined]
+        base: Any = self.base_model
+        return base.merge_and_unload(*arguments, **settings)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the PEFT model that it extends."""
@@ -159,11 +168,11 @@ class PortableMixin:
             )
 
     def _adapts_an_end(self) -> bool:
-        model = self.get_base_model()  # type: ignore[attr-defined]
+        model: Any = self.get_base_model()
         ends = [
             end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
         ]
-        layers = lora_layers(self)  # type: ignore[arg-type]
+        layers = lora_layers(self)
         return any(layers[PREFIX + name] in ends for name in self._starts)
 
     def _shifts_base(self) -> bool:
@@ -171,7 +180,7 @@ class PortableMixin:
 
     @contextmanager
     def _portable_config(self, base: str | None) -> Iterator[None]:
-        configs: Any = self.peft_config  # type: ignore[attr-defined]
+        configs: Any = self.peft_config
         own = configs[self._started_adapter]
         portable = portable_config(own, self._shifts_base())
         if base is not None and (Path(base) / "config.json").is_file():
@@ -183,7 +192,7 @@ class PortableMixin:
             configs[self._started_adapter] = own
 
     def _portable_state(self, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        full = dict(self.state_dict() if state is None else state)  # type: ignore[attr-defined]
+        full = dict(self.state_dict() if state is None else state)
         if not self._shifts_base():
             return full
         mark = f".{self._started_adapter}.weight"

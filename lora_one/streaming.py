@@ -28,7 +28,7 @@ class StreamedGradients:
 def stream_gradients(
     model: Any,
     targets: Sequence[str],
-    batches: Iterable[Any],
+    passes: Callable[[], Iterable[Any]],
     warm_up: Sequence[Any],
     run_batch: RunBatch,
     *,
@@ -42,7 +42,7 @@ def stream_gradients(
     Args:
         model: The pretrained model, without adapters; quantised or not.
         targets: Names of linear layers.
-        batches: This process's share of the sample; gone through twice with ``two_passes``.
+        passes: Begins a pass over this process's share of the sample; called twice with ``two_passes``.
         warm_up: The first few batches of the whole sample, the same on every process; their gradient
             chooses the sketches' directions.
         run_batch: Runs a batch forward and backward.
@@ -57,7 +57,7 @@ def stream_gradients(
     rough = _new_sketches(model, targets, size, seed + 1)
     alone = replace(processes, rank=0, world_size=1)
     # A second pass over so few examples is cheap, and finds better directions.
-    found, _ = _sketch(model, targets, rough, warm_up, run_batch, two_passes=True, processes=alone)
+    found, _ = _sketch(model, targets, rough, lambda: warm_up, run_batch, two_passes=True, processes=alone)
     sketches = _new_sketches(model, targets, size, seed)
     for name, sketch in sketches.items():
         if not sketch.is_started:
@@ -65,7 +65,7 @@ def stream_gradients(
             sketch.start(found[name].U_OK.to(device), found[name].V_IK.to(device))
             processes.from_main_(sketch.omega_IC, sketch.psi_OL)
     layers, loss = _sketch(
-        model, targets, sketches, batches, run_batch, two_passes=two_passes, processes=processes
+        model, targets, sketches, passes, run_batch, two_passes=two_passes, processes=processes
     )
     return StreamedGradients(layers, loss)
 
@@ -74,14 +74,14 @@ def _sketch(
     model: Any,
     targets: Sequence[str],
     sketches: Mapping[str, LayerSketch],
-    batches: Iterable[Any],
+    passes: Callable[[], Iterable[Any]],
     run_batch: RunBatch,
     *,
     two_passes: bool,
     processes: Processes,
 ) -> tuple[dict[str, SketchedGradient], float]:
-    """Fills the sketches from one or two passes over ``batches``, and solves them."""
-    loss = _pass(model, targets, batches, run_batch, lambda name, x, d: sketches[name].add(x, d))
+    """Fills the sketches from one pass or two, and solves them."""
+    loss = _pass(model, targets, passes(), run_batch, lambda name, x, d: sketches[name].add(x, d))
     unique = list({id(sketch): sketch for sketch in sketches.values()}.values())
     for name, sketch in sketches.items():
         if not sketch.is_started:
@@ -98,7 +98,7 @@ def _sketch(
             key = id(sketches[name])
             exact[key].addmm_((delta_NO @ bases[key]).T, x_NI)
 
-        _pass(model, targets, batches, run_batch, project)
+        _pass(model, targets, passes(), run_batch, project)
         for coefficients_KI in exact.values():
             processes.sum_(coefficients_KI)
     solved = {id(sketch): sketch.solve(exact.get(id(sketch))) for sketch in unique}

@@ -36,7 +36,8 @@ from lora_one.errors import UserError
 from lora_one.hub import offline_hint
 from lora_one.inits import DIRECTIONS
 from lora_one.layers import settle
-from lora_one.library import LoraConfig, LoraGAConfig, LoraOneConfig, get_peft_model, preprocess_loraga
+from lora_one.library import get_peft_model, preprocess_loraga
+from lora_one.settings import LoraConfig, LoraGAConfig, LoraOneConfig
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 NO_TOKENIZER = "has no tokenizer; save one in the same folder with tokenizer.save_pretrained"

@@ -210,7 +210,7 @@ def stepping(model) -> None:
         (lambda model: None, "no gradient arrived"),
         (lambda model: (loss_of(model) * 0).backward(), "its gradient is zero.*multiplies the loss by zero"),
         (lambda model: (loss_of(model) * float("nan")).backward(), "its gradient is not finite"),
-        (stepping, "changed its weight; do not step an optimiser"),
+        (stepping, "changed its weight; run forward and backward passes only"),
         (
             lambda model: (
                 model.model.layers[0](
