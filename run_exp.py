@@ -35,7 +35,7 @@ from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.errors import UserError
-from lora_one.gradients import GradientEstimate, estimate_gradient, gradient_batches, sample_indices
+from lora_one.gradients import GradientEstimate, estimate_gradient
 from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.inits import AdapterInit
@@ -46,6 +46,7 @@ from lora_one.plots import plot_run
 from lora_one.processes import end_processes, start_processes
 from lora_one.records import write_text
 from lora_one.runs import Run
+from lora_one.sample import gradient_batches, sample_indices
 from lora_one.tracking import Tracker
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"

@@ -1,8 +1,9 @@
 """Weight gradients of chosen layers, summed over backward passes that somebody else runs.
 
 Layers with plain weights: autograd's own gradient of the weight, which counts every use of it, taken
-away as soon as it is made. Quantised layers have no such gradient; theirs is ``Σ δᵀ x`` over the
-positions, from the layer's input ``x`` and the gradient ``δ`` of its output.
+away as soon as it is made. Quantised layers have no such gradient, and that of sharded ones is spread over
+the processes; theirs is ``Σ δᵀ x`` over the positions, from the layer's input ``x`` and the gradient ``δ``
+of its output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_one.layers import quantisation, settle, shape_OI, to_OI
@@ -25,12 +27,20 @@ class GradientSums:
             one tensor.
         n_calls: Calls of the model whose output took part in a backward pass.
         reached: Names of the layers that received a gradient.
+        is_finite: Whether every entry that has been added was finite.
     """
 
     def __init__(self) -> None:
         self.G_OI: dict[str, Tensor] = {}
         self.n_calls = 0
         self.reached: set[str] = set()
+        self.is_finite = True
+
+    def add(self, names: Sequence[str], G_OI: Tensor) -> None:
+        """Adds one batch's gradient of the weight that the layers share."""
+        self.is_finite &= bool(torch.isfinite(G_OI.sum(dtype=torch.float32)))
+        self.G_OI[names[0]].add_(G_OI.to(device="cpu", dtype=torch.float32))
+        self.reached.update(names)
 
     def unique(self) -> list[Tensor]:
         """Every tensor once."""
@@ -38,50 +48,56 @@ class GradientSums:
 
 
 @contextmanager
-def collect_gradients(model: Any, targets: Sequence[str]) -> Iterator[GradientSums]:
+def collect_gradients(model: Any, targets: Sequence[str], *, dropout: bool = False) -> Iterator[GradientSums]:
     """Sums the gradients of the targets' weights while the caller runs forward and backward passes.
 
-    Inside, dropout is off, and nothing but the targets' weights takes a gradient. Each is moved to the
-    CPU and added up in float32 as soon as it is made, so that at most one lives on the device, and
-    ``zero_grad`` between two batches loses nothing. Everything is as before afterwards.
+    Inside, nothing but the targets' weights takes a gradient. Each is moved to the CPU and added up in
+    float32 as soon as it is made, so that at most one lives on the device, and ``zero_grad`` between two
+    batches loses nothing. Everything is as before afterwards.
 
     Args:
-        model: The pretrained model, without adapters; on any device, quantised or not.
+        model: The pretrained model, without adapters; on any device, quantised, sharded or neither.
         targets: Names of linear layers.
+        dropout: Whether the model's dropout is on (train mode) or off (eval mode), whatever the caller sets.
     """
     sums = GradientSums()
-    with _recording(model, lambda: _watch(model, targets, sums)):
+    with _recording(model, lambda: _watch(model, targets, sums), dropout):
         yield sums
 
 
 @contextmanager
 def watch_activations(
-    model: Any, targets: Sequence[str], add: Callable[[str, Tensor, Tensor], None]
+    model: Any,
+    targets: Sequence[str],
+    add: Callable[[str, Tensor, Tensor], None],
+    *,
+    dropout: bool = False,
 ) -> Iterator[None]:
     """Hands every target's inputs and output gradients to ``add`` while the caller runs passes.
 
-    No weight takes a gradient. Inside, dropout is off; everything is as before afterwards.
+    No weight takes a gradient. Everything is as before afterwards.
 
     Args:
         model: The pretrained model, without adapters.
         targets: Names of linear layers.
         add: Receives the layer's name, its input (positions, in) and the gradient of its output
             (positions, out), both float32 on the layer's device.
+        dropout: As in ``collect_gradients``.
     """
-    with _recording(model, lambda: _watch_activations(model, targets, add)):
+    with _recording(model, lambda: _watch_activations(model, targets, add), dropout):
         yield
 
 
 @contextmanager
-def _recording(model: Any, hooks: Callable[[], Iterator[Any]]) -> Iterator[None]:
-    """Sets hooks on a frozen model without dropout, and puts everything back."""
+def _recording(model: Any, hooks: Callable[[], Iterator[Any]], dropout: bool) -> Iterator[None]:
+    """Sets hooks on a frozen model, and puts everything back."""
     settle(model)
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with ExitStack() as stack:
-            stack.enter_context(_no_dropout(model))
+            stack.enter_context(_train_mode(model) if dropout else _no_dropout(model))
             model.requires_grad_(False)
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -111,21 +127,21 @@ def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[A
     """Sets the hooks; yields their handles as they are made."""
     yield _count_calls(model, sums)
     by_weight: dict[int, list[str]] = {}
-    quantised = [name for name in targets if quantisation(model.get_submodule(name))]
+    watched = [name for name in targets if not _has_own_gradient(model.get_submodule(name))]
     for name in targets:
         layer = model.get_submodule(name)
-        if name in quantised:
+        if name in watched:
             sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
         else:
             by_weight.setdefault(id(layer.weight), []).append(name)
     for names in by_weight.values():
         yield _from_autograd(model.get_submodule(names[0]), names, sums)
 
-    def add(name: str, x_NI: Tensor, delta_NO: Tensor) -> None:
-        sums.G_OI[name].add_((delta_NO.T @ x_NI).cpu())
-        sums.reached.add(name)
+    yield from _watch_activations(model, watched, lambda name, x_NI, d_NO: sums.add([name], d_NO.T @ x_NI))
 
-    yield from _watch_activations(model, quantised, add)
+
+def _has_own_gradient(layer: Any) -> bool:
+    return quantisation(layer) is None and not isinstance(layer.weight, DTensor) and not layer.weight.is_meta
 
 
 def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
@@ -134,9 +150,8 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
 
     def move(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # the hook runs when it has just been made
-        G_OI.add_(to_OI(layer, parameter.grad).to(device="cpu", dtype=torch.float32))
+        sums.add(names, to_OI(layer, parameter.grad))
         parameter.grad = None
-        sums.reached.update(names)
 
     layer.weight.grad = None
     layer.weight.requires_grad_(True)
@@ -192,6 +207,21 @@ def _begin_graph(_: nn.Module, __: Any, output: Tensor) -> None:
 def _take_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if torch.is_grad_enabled() and inputs[0].is_leaf and not inputs[0].requires_grad:
         inputs[0].requires_grad_(True)
+
+
+@contextmanager
+def _train_mode(model: Any) -> Iterator[None]:
+    """Train mode whatever the caller sets."""
+
+    def settle_modes(*_: Any) -> None:
+        model.train()
+
+    settle_modes()
+    handle = model.register_forward_pre_hook(settle_modes)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

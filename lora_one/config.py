@@ -40,6 +40,8 @@ _MODE_KEYS: dict[str, set[str]] = {
         "normalize",
         "objective",
         "estimator",
+        "n_triplets",
+        "dropout",
         "norm_clip",
         *_SAMPLE_KEYS,
     },
@@ -142,9 +144,15 @@ class InitConfig(Section):
     objective: Literal["gradient", "sign", "adam"] = Field(
         "gradient", description="decompose G, decompose sign(G), or fit Adam's first step"
     )
-    estimator: Literal["exact", "sketch", "sketch_two_pass"] = Field(
-        "exact", description="the whole gradient, or sketches of it in one pass or two"
+    estimator: Literal["auto", "exact", "sketch", "sketch_two_pass"] = Field(
+        "auto",
+        description="the whole gradient, or sketches of it in one pass or two; auto: one pass from 64 "
+        "examples on, two below, exact where the objective or a shared weight needs it",
     )
+    n_triplets: int | None = Field(
+        None, ge=1, description="singular triplets to keep; null: a power of two that covers the ranks"
+    )
+    dropout: bool = Field(False, description="keep the model's dropout on in the gradient estimate")
     norm_clip: bool = Field(False, description="no entry of s·B·A above the largest of W")
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the adapter's weights; AdamW's moments underflow in fp16"
@@ -212,6 +220,9 @@ class ExperimentConfig(Section):
     gradient_checkpointing: bool = False
     dry_run: bool = False
     results_dir: str = "results"
+    cache_dir: str | None = Field(
+        "results/gradients", description="where gradient estimates are kept for other runs; null: nowhere"
+    )
 
     @property
     def method(self) -> str:
@@ -255,7 +266,7 @@ class ExperimentConfig(Section):
 
 # What only adds an output, or says how to watch, and so must not change the run's folder.
 _OUTPUT_KEYS: dict[str, set[str]] = {
-    "": {"dry_run", "results_dir", "wandb", "eval"},
+    "": {"dry_run", "results_dir", "cache_dir", "wandb", "eval"},
     "dataset": {"rows"},
     "model": {"shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg"},
 }
@@ -358,7 +369,7 @@ def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[st
         _check_adapter(peft, init)
         _check_mode(init, named)
         _check_scale(init)
-        if init.estimator != "exact" and init.objective != "gradient":
+        if init.estimator not in ("auto", "exact") and init.objective != "gradient":
             raise UserError(
                 f"init.objective={init.objective}: needs every entry of the gradient, which "
                 f"init.estimator={init.estimator} never forms; use init.estimator=exact"

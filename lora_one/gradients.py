@@ -1,38 +1,68 @@
 """The gradient estimate: the mean full fine-tuning gradient of each target, and what is kept of it."""
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lora_one.collect import collect_gradients
-from lora_one.config import ExperimentConfig, InitConfig
-from lora_one.data.batches import Batch, Slot, collate, whole_window
+from lora_one.config import ExperimentConfig
+from lora_one.data.batches import Slot
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
+from lora_one.layers import shape_OI
 from lora_one.losses import to_device, weighted_loss
 from lora_one.objectives import AdamFactors
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
+from lora_one.sample import collate_slots, sample_batches
 from lora_one.sketch import SketchedGradient, SketchSize
 from lora_one.starts import LayerEstimate, reduce_gradient
-from lora_one.streaming import stream_gradients
+from lora_one.streaming import one_pass, shared_elsewhere, two_passes
 from lora_one.triplets import Triplets, check_norm, with_signs
 
-# Seeds of the sample, apart from the (seed, epoch) of the training order.
-_GRADIENT_STREAM = (0, 1)
 _ANNOUNCE_AFTER = 5  # batches
-# The gradient of so many examples already points where the whole sample's does.
-_WARM_UP_EXAMPLES = 8
+# From so many examples on, one pass finds all that can be seen; below, a second costs little.
+ONE_PASS_EXAMPLES = 64
+_FEWEST_TRIPLETS = 16
+_FEWEST_TWO_PASS_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the gradients are estimated, and how much of them is kept."""
+
+    name: str
+    n_triplets: int
+
+    @property
+    def size(self) -> SketchSize:
+        """Columns of the sketches: twice the triplets that are kept, or more."""
+        if self.name == "sketch":
+            return SketchSize(right=2 * self.n_triplets, left=3 * self.n_triplets)
+        return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * self.n_triplets), left=0)
 
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """What is known of the targets' gradients, and the sample that they are the mean over."""
+    """What is known of the targets' gradients, and the sample that they are the mean over.
+
+    Attributes:
+        layers: Per target its leading singular triplets, or factors fitted to Adam's first step.
+        loss: Mean training loss over the sample.
+        n_examples: Of the sample.
+        n_tokens: Of the sample, padding not counted.
+        seconds: That the estimate took.
+        estimator: ``exact``, ``sketch`` or ``sketch_two_pass``.
+        dropout: Whether the model's dropout was on.
+        errors: Of the streaming estimators: per target the estimated relative error of all its triplets.
+        cache_file: Where it was read from, if it was.
+    """
 
     layers: dict[str, LayerEstimate]
     loss: float
@@ -40,14 +70,16 @@ class GradientEstimate:
     n_tokens: int
     seconds: float
     estimator: str = "exact"
-    errors: tuple[float, ...] = ()
+    dropout: bool = False
+    errors: tuple[float, ...] = field(default=())
+    cache_file: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """What the record keeps: the sample, and how well the layers' factors hold what they aim at."""
         known: dict[str, Any] = {}
         triplets = [layer for layer in self.layers.values() if isinstance(layer, Triplets)]
         if triplets:
-            kept = [float((t.S_K**2).sum()) / t.norm**2 for t in triplets]
+            kept = [min(1.0, float((t.S_K**2).sum()) / t.norm**2) for t in triplets]
             known = {
                 "n_triplets": max(t.S_K.numel() for t in triplets),
                 "energy_kept_mean": sum(kept) / len(kept),
@@ -65,51 +97,33 @@ class GradientEstimate:
             "n_tokens": self.n_tokens,
             "seconds": round(self.seconds, 3),
             "estimator": self.estimator,
+            "dropout": self.dropout,
+            "cache_file": self.cache_file,
             **known,
             **({"error_estimate_worst": max(self.errors)} if self.errors else {}),
         }
 
 
-def sample_indices(n_available: int, config: InitConfig, seed: int) -> list[int]:
-    """The examples of the gradient sample: a seeded random choice from the training split.
+def choose_estimator(
+    config: ExperimentConfig, model: Any, targets: Sequence[str], ranks: Mapping[str, int], n_examples: int
+) -> Estimator:
+    """The estimator that ``init.estimator`` means here, and the number of triplets to keep.
+
+    The number is a power of two, so that runs of a sweep that differ in rank keep, and share, the same.
 
     Raises:
-        UserError: If the sample is larger than the split.
+        UserError: If ``init.n_triplets`` is less than a rank needs.
     """
-    if config.do_subsampling is False:
-        return list(range(n_available))
-    wanted, key = config.bsz * config.iters, f"init.bsz*init.iters={config.bsz * config.iters}"
-    if config.do_subsampling:
-        wanted, key = config.sub_size, f"init.sub_size={config.sub_size}"
-    if wanted > n_available:
-        raise UserError(f"{key}: the training split has only {n_available} examples; ask for fewer")
-    return np.random.default_rng([seed, *_GRADIENT_STREAM]).permutation(n_available)[:wanted].tolist()
-
-
-def sample_batches(
-    examples: Sequence[Encoded], config: ExperimentConfig, pad_id: int, processes: Processes
-) -> tuple[list[int], list[list[Slot]]]:
-    """The sample's examples, and this process's share of its batches, each example with its weight."""
-    indices = sample_indices(len(examples), config.init, config.seed)
-    batches = whole_window(
-        examples,
-        indices,
-        batch_size=config.init.bsz,
-        reduction=config.model.loss_reduction,
-        pad_id=pad_id,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
-    return indices, batches
-
-
-def gradient_batches(
-    examples: Sequence[Encoded], config: ExperimentConfig, pad_id: int, device: torch.device
-) -> Iterator[Batch]:
-    """The whole sample as batches on ``device``; nothing is read before the first is asked for."""
-    alone = Processes(rank=0, world_size=1, device=device)
-    for slots in sample_batches(examples, config, pad_id, alone)[1]:
-        yield to_device(collate([(examples[index], weight) for index, weight in slots], pad_id), device)
+    needed = max(config.gradient_start().triplets_needed(rank) for rank in ranks.values())
+    kept = config.init.n_triplets or max(_FEWEST_TRIPLETS, 2 ** math.ceil(math.log2(needed)))
+    if kept < needed:
+        raise UserError(f"init.n_triplets={kept}: the adapters' ranks need {needed}; raise it, or use null")
+    name: str = config.init.estimator
+    if name == "auto":
+        is_small = n_examples < ONE_PASS_EXAMPLES
+        needs_all = config.init.objective != "gradient" or shared_elsewhere(model, targets) is not None
+        name = "exact" if needs_all else "sketch_two_pass" if is_small else "sketch"
+    return Estimator(name, kept)
 
 
 def estimate_gradient(
@@ -122,131 +136,188 @@ def estimate_gradient(
     pad_id: int,
     processes: Processes,
 ) -> GradientEstimate:
-    """Estimates the gradient of the training loss at the pretrained weights, exactly and in float32.
+    """Estimates the gradient of the training loss at the pretrained weights.
 
-    The model runs without dropout. The processes share the sample's batches.
+    The processes share the sample's batches.
 
     Args:
-        model: The pretrained model, without adapters; quantised or not.
+        model: The pretrained model, without adapters; quantised, sharded or neither.
         targets: Names of the layers whose weight gradient is wanted; no other is computed.
         examples: The training split, cut at ``init.max_length``.
-        config: ``init`` names the sample and what is made of it, ``model.loss_reduction`` the loss.
+        config: ``init`` names the sample, the estimator and what is made of it, ``model.loss_reduction``
+            the loss.
         ranks: Adapter rank of each target.
         pad_id: Padding token.
         processes: Who shares the work.
 
     Raises:
-        UserError: If a target's gradient is zero or not finite.
+        UserError: If a target's gradient is zero or does not arrive, or a batch's is not finite.
     """
     begin = time.perf_counter()
     indices, batches = sample_batches(examples, config, pad_id, processes)
-
-    def shown_batches() -> Iterable[list[Slot]]:
-        shown = progress_bar(batches, shown=processes.is_main, desc="gradient", unit="batch")
-        if config.init.do_subsampling is False:
-            return _announced(shown, len(batches), len(indices), processes)
-        return shown
-
-    errors: list[float] = []
-    if config.init.estimator == "exact":
-        gradients, loss = accumulate_gradients(
-            model, targets, examples, shown_batches(), pad_id, processes.device
-        )
-        layers = _reduce(gradients, targets, config, ranks, processes)
-    else:
-        first = sample_batches(examples, config, pad_id, replace(processes, rank=0, world_size=1))[1]
-        warm_up = first[: -(-_WARM_UP_EXAMPLES // config.init.bsz)]
-        needed = {name: config.gradient_start().triplets_needed(ranks[name]) for name in targets}
-        streamed = stream_gradients(
-            model,
-            targets,
-            shown_batches,
-            warm_up,
-            lambda slots: _run_batch(model, examples, slots, pad_id, processes.device),
-            size=sketch_size(max(needed.values())),
-            two_passes=config.init.estimator == "sketch_two_pass",
-            seed=config.seed,
-            processes=processes,
-        )
-        loss, errors = streamed.loss, [sketched.error for sketched in streamed.layers.values()]
-        layers = {name: _triplets(name, part, needed[name]) for name, part in streamed.layers.items()}
+    estimator = choose_estimator(config, model, targets, ranks, len(indices))
+    sample = _Sample(model, examples, batches, len(indices), pad_id, config, processes)
+    estimate = _exactly if estimator.name == "exact" else _streaming
+    layers, errors = estimate(sample, targets, ranks, estimator)
     return GradientEstimate(
         layers=layers,
-        estimator=config.init.estimator,
-        errors=tuple(errors),
-        loss=float(processes.sum_(torch.tensor(loss))),
+        estimator=estimator.name,
+        dropout=config.init.dropout,
+        errors=errors,
+        loss=float(processes.sum_(torch.tensor(sample.loss))),
         n_examples=len(indices),
         n_tokens=sum(len(examples[index].ids) for index in indices),
         seconds=time.perf_counter() - begin,
     )
 
 
-def accumulate_gradients(
-    model: Any,
-    targets: Sequence[str],
-    examples: Sequence[Encoded],
-    batches: Iterable[list[Slot]],
-    pad_id: int,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], float]:
-    """Sums the weighted gradients of the targets' weights over ``batches``.
+@dataclass
+class _Sample:
+    """This process's share of the sample; ``run`` goes through it, ``loss`` is that of the last time."""
 
-    Returns:
-        Per target ``G_OI`` in float32 on the CPU, and the summed loss.
-    """
-    with collect_gradients(model, targets) as sums:
-        total = sum(_run_batch(model, examples, slots, pad_id, device) for slots in batches)
-    return sums.G_OI, total
+    model: Any
+    examples: Sequence[Encoded]
+    batches: Sequence[list[Slot]]
+    n_examples: int
+    pad_id: int
+    config: ExperimentConfig
+    processes: Processes
+    loss: float = 0.0
+
+    def run(
+        self,
+        is_finite: Callable[[], bool],
+        after_batch: Callable[[int], None] = lambda number: None,
+        name: str = "gradient",
+    ) -> None:
+        """Runs every batch forward and backward.
+
+        Args:
+            is_finite: Whether everything that the backward passes left so far is finite.
+            after_batch: Called with the number of batches done.
+            name: Of the progress bar.
+
+        Raises:
+            UserError: Naming the batch whose loss or gradient is not finite.
+        """
+        self.loss = 0.0
+        with self._shown(name) as show:
+            for number, slots in enumerate(self.batches, start=1):
+                self.loss += self._run_batch(number, slots)
+                if not is_finite():
+                    raise self._not_finite(number, slots, "its gradient is not finite")
+                after_batch(number)
+                show(number)
+
+    def _run_batch(self, number: int, slots: list[Slot]) -> float:
+        batch = collate_slots(self.examples, slots, self.pad_id)
+        with _own_randomness(self.config, slots, self.processes.device):
+            loss = weighted_loss(self.model, to_device(batch, self.processes.device))
+            if not torch.isfinite(loss):
+                raise self._not_finite(number, slots, f"its loss is {loss.item()}")
+            loss.backward()
+        return loss.item()
+
+    def _not_finite(self, number: int, slots: list[Slot], what: str) -> UserError:
+        where = ", ".join(str(index) for index, _ in slots[:8]) + (", ..." if len(slots) > 8 else "")
+        process = f" of process {self.processes.rank}" if self.processes.world_size > 1 else ""
+        precision = "; compute in float32 (model.bf16=false)" if self.config.model.bf16 else ""
+        return UserError(
+            f"gradient batch {number} of {len(self.batches)}{process}: {what}; look at examples {where} of "
+            f"the training split (counted from 0), and at the weights{precision}"
+        )
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[Callable[[int], None]]:
+        """A bar over the tokens of all processes, and for the whole split, a line with the time expected."""
+        own = [sum(len(self.examples[i].ids) for i, _ in slots if i >= 0) for slots in self.batches]
+        everyone = self.processes.sum_(torch.tensor(float(sum(own)), dtype=torch.float64)).item()
+        share = everyone / max(1, sum(own))
+        announces = self.config.init.do_subsampling is False
+        begin = time.perf_counter()
+        with progress_bar(
+            shown=self.processes.is_main, desc=name, total=round(everyone), unit=" tokens", unit_scale=True
+        ) as bar:
+
+            def show(number: int) -> None:
+                bar.update(round(share * sum(own[:number])) - bar.n)
+                if announces and number == min(_ANNOUNCE_AFTER, len(own)):
+                    expected = (time.perf_counter() - begin) / number * len(own) / 60
+                    self.processes.say(
+                        f"init.do_subsampling=false: {name} of the whole training split, "
+                        f"{self.n_examples:,} examples, expected {expected:.1f} min"
+                    )
+
+            yield show
 
 
-def sketch_size(n_triplets: int) -> SketchSize:
-    """Columns of the sketches that find ``n_triplets`` triplets well: twice as many, at least 32."""
-    right = max(32, 2 * n_triplets)
-    return SketchSize(right=right, left=2 * right)
+@contextmanager
+def _own_randomness(config: ExperimentConfig, slots: list[Slot], device: torch.device) -> Iterator[None]:
+    """With dropout on, each batch draws its own masks: in every pass, on whatever process, the same."""
+    if not config.init.dropout:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed * 2**20 + slots[0][0] + 1)
+        yield
 
 
-def _run_batch(
-    model: Any, examples: Sequence[Encoded], slots: list[Slot], pad_id: int, device: torch.device
-) -> float:
-    batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
-    loss = weighted_loss(model, to_device(batch, device))
-    loss.backward()
-    return loss.item()
-
-
-def _reduce(
-    gradients: dict[str, Tensor],
-    targets: Sequence[str],
-    config: ExperimentConfig,
-    ranks: Mapping[str, int],
-    processes: Processes,
-) -> dict[str, LayerEstimate]:
-    """Sums over the processes, and keeps of each gradient what its start needs."""
-    for G_OI in {id(tensor): tensor for tensor in gradients.values()}.values():
+def _exactly(
+    sample: _Sample, targets: Sequence[str], ranks: Mapping[str, int], estimator: Estimator
+) -> tuple[dict[str, LayerEstimate], tuple[float, ...]]:
+    """Whole gradients, summed over batches and processes; then what the start needs of each."""
+    config, processes = sample.config, sample.processes
+    with collect_gradients(sample.model, targets, dropout=config.init.dropout) as sums:
+        sample.run(lambda: sums.is_finite)
+    for G_OI in sums.unique():
         processes.sum_(G_OI)
     start, generator = config.gradient_start(), torch.Generator().manual_seed(config.seed)
-    return {
-        name: reduce_gradient(name, gradients.pop(name).to(processes.device), start, ranks[name], generator)
-        for name in targets
-    }
+    layers = {}
+    for name in progress_bar(targets, shown=processes.is_main, desc="decomposition", unit="layer"):
+        G_OI = sums.G_OI.pop(name).to(processes.device)
+        n_triplets = min(estimator.n_triplets, *G_OI.shape)
+        layers[name] = reduce_gradient(name, G_OI, start, ranks[name], generator, n_triplets)
+    return layers, ()
 
 
-def _triplets(name: str, part: SketchedGradient, n_triplets: int) -> Triplets:
+def _streaming(
+    sample: _Sample, targets: Sequence[str], ranks: Mapping[str, int], estimator: Estimator
+) -> tuple[dict[str, LayerEstimate], tuple[float, ...]]:
+    """Sketches in one pass or two."""
+    found: dict[str, SketchedGradient]
+    config, processes = sample.config, sample.processes
+    settings: dict[str, Any] = {"seed": config.seed, "dropout": config.init.dropout}
+    if estimator.name == "sketch":
+        with one_pass(sample.model, targets, estimator.size, **settings) as sketches:
+            sample.run(sketches.are_finite)
+        found = sketches.finish(processes)
+    else:
+        names = iter(("gradient, pass 1 of 2", "gradient, pass 2 of 2"))
+        found = two_passes(
+            sample.model,
+            targets,
+            estimator.size,
+            run_pass=lambda sketches, after: sample.run(sketches.are_finite, after, next(names)),
+            processes=processes,
+            **settings,
+        ).finish(processes)
+    layers: dict[str, LayerEstimate] = {}
+    for name, part in found.items():
+        n_triplets = min(estimator.n_triplets, *shape_OI(sample.model.get_submodule(name)))
+        layers[name] = kept_triplets(name, part, n_triplets)
+    return layers, tuple(part.error for part in found.values())
+
+
+def kept_triplets(name: str, part: SketchedGradient, n_triplets: int) -> Triplets:
+    """The leading triplets of a sketch, under the sign convention.
+
+    Raises:
+        UserError: If the gradient is zero or not finite, naming the target.
+    """
     norm = check_norm(name, part.norm)
-    return with_signs(part.U_OK[:, :n_triplets], part.S_K[:n_triplets], part.V_IK[:, :n_triplets], norm)
-
-
-def _announced(
-    batches: Iterable[list[Slot]], n_batches: int, n_examples: int, processes: Processes
-) -> Iterator[list[Slot]]:
-    """Passes the batches on, and after a few says how long all of them will take."""
-    measured = min(_ANNOUNCE_AFTER, n_batches)
-    start = time.perf_counter()
-    for number, batch in enumerate(batches):
-        if number == measured:
-            expected = (time.perf_counter() - start) / measured * n_batches / 60
-            processes.say(
-                f"init.do_subsampling=false: gradient of the whole training split, {n_examples:,} examples, "
-                f"expected {expected:.1f} min"
-            )
-        yield batch
+    parts: tuple[Tensor, Tensor, Tensor] = (
+        part.U_OK[:, :n_triplets],
+        part.S_K[:n_triplets],
+        part.V_IK[:, :n_triplets],
+    )
+    return with_signs(*parts, norm)

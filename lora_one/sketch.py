@@ -1,20 +1,28 @@
-"""Streaming sketches of weight gradients: leading singular triplets without the gradient itself.
+"""Sketches of weight gradients: leading singular triplets without the gradient itself.
 
 For a linear layer ``G = Σ δᵀ x`` over the positions, ``x`` being its input and ``δ`` the gradient of its
 output. So ``G Ω = Σ δᵀ (x Ω)`` and ``Ψᵀ G = Σ (δ Ψ)ᵀ x`` are sums of skinny products: no (out, in) matrix
-is formed, and no weight takes a gradient. From both, ``G ≈ Q (Ψᵀ Q)⁺ (Ψᵀ G)`` with Q an orthonormal basis of
-``G Ω`` (generalised Nyström, arXiv 2009.11392). A second pass over the same batches gives ``Qᵀ G`` itself.
+is formed, and no weight takes a gradient.
 
-Random ``Ω`` and ``Ψ`` lose several per cent of the energy. The first batch knows better: its own gradient is
-decomposed in the same skinny way, and its leading singular vectors become ``Ω`` and ``Ψ``.
+*One pass* keeps both sums: ``G ≈ Q (Ψᵀ Q)⁺ (Ψᵀ G)`` with Q an orthonormal basis of ``G Ω`` (generalised
+Nyström, arXiv 2009.11392). Random ``Ω`` and ``Ψ`` lose several per cent of the energy, so they are the
+leading singular vectors of what has been seen: first of the first batch, whose own gradient is decomposed
+by skinny products too, and anew each time that the number of batches has doubled.
+
+*Two passes* keep ``G Ω`` alone in the first, with more columns, and in the second find ``Qᵀ G`` exactly.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_POWER_ITERATIONS = 2
+from lora_one.processes import Processes
+
+_MERGE_ROUNDS = 2
+# Directions of Q that Ψ does not see carry rounding alone.
+_UNSEEN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -22,14 +30,22 @@ class SketchSize:
     """Columns of the sketches.
 
     Attributes:
-        right: k, columns of Ω.
-        left: l, columns of Ψ; above k, so that the small inverse is well conditioned.
+        right: k, columns of Ω; as many triplets are found, the leading half of them well.
+        left: l, columns of Ψ; above k, so that the small inverse is well conditioned. Not used in two passes.
         probes: Random columns kept apart, to estimate the error.
     """
 
     right: int = 32
-    left: int = 64
+    left: int = 48
     probes: int = 4
+
+
+class Factors(NamedTuple):
+    """``U Σ Vᵀ`` with orthonormal columns, float32."""
+
+    U_OK: Tensor
+    S_K: Tensor
+    V_IK: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class SketchedGradient:
         V_IK: Right singular vectors.
         norm: Estimate of ‖G‖_F.
         error: Estimate of ‖G - U Σ Vᵀ‖_F / ‖G‖_F with all k triplets, from the probes.
+        n_positions: Positions that it sums over.
     """
 
     U_OK: Tensor
@@ -49,10 +66,84 @@ class SketchedGradient:
     V_IK: Tensor
     norm: float
     error: float
+    n_positions: int
 
 
-class LayerSketch:
-    """The sketches of one layer's gradient, summed over batches.
+class _Sketch:
+    """What one pass and two have in common: ``G Ω`` with Ω chosen after the first batch, and the probes."""
+
+    def __init__(self, shape_OI: tuple[int, int], size: SketchSize, generator: torch.Generator) -> None:
+        self.shape_OI = shape_OI
+        self.k = min(size.right, *shape_OI)
+        self.n_probes = size.probes
+        self.n_positions = 0
+        self.is_finite = True
+        self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        self._probes_IP = torch.randn(shape_OI[1], size.probes, generator=self._generator)
+        self._first: Factors | None = None  # of the first batch, until Ω is chosen
+        self._omega_IC: Tensor | None = None  # Ω, then the probes
+        self._Y_OC: Tensor | None = None  # G Ω, then G times the probes
+
+    def add(self, x_NI: Tensor, delta_NO: Tensor) -> None:
+        """Adds inputs and output gradients of some positions, float32."""
+        self.n_positions += len(x_NI)
+        if self._Y_OC is None:
+            self._Y_OC = x_NI.new_zeros(self.shape_OI[0], self.k + self.n_probes)
+            self._probes_IP = self._probes_IP.to(x_NI.device)
+        if self._omega_IC is None:
+            self._add_first(x_NI, delta_NO, self._Y_OC)
+        else:
+            self._add_next(x_NI, delta_NO, self._Y_OC, self._omega_IC)
+
+    def sums(self) -> list[Tensor]:
+        """What a batch that is not finite would spoil."""
+        return [tensor for tensor in (self._Y_OC,) if tensor is not None]
+
+    def _add_first(self, x_NI: Tensor, delta_NO: Tensor, Y_OC: Tensor) -> None:
+        if not torch.isfinite(x_NI.sum() + delta_NO.sum()):
+            self.is_finite = False  # a decomposition would fail on it
+            return
+        Y_OC[:, self.k :].addmm_(delta_NO.T, x_NI @ self._probes_IP)
+        if self._first is not None:  # a layer that is called twice in one batch
+            U_OK, S_K, V_IK = self._first
+            x_NI, delta_NO = torch.cat([x_NI, V_IK.T]), torch.cat([delta_NO, (U_OK * S_K).T])
+        noise_IK = torch.randn(x_NI.shape[1], self.k, generator=self._generator).to(x_NI)
+        self._first = leading_factors(delta_NO, x_NI, noise_IK)
+
+    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_OC: Tensor, omega_IC: Tensor) -> None:
+        Y_OC.addmm_(delta_NO.T, x_NI @ omega_IC)
+
+    def _aim(self, V_IK: Tensor) -> None:
+        self._omega_IC = torch.cat([V_IK, self._probes_IP], dim=1)
+        self._first = None
+
+    def _take_over(self, device: torch.device) -> None:
+        """A layer that this process has not seen contributes nothing."""
+        n_out, n_in = self.shape_OI
+        if self._Y_OC is None:
+            self._Y_OC = torch.zeros(n_out, self.k + self.n_probes, device=device)
+            self._probes_IP = self._probes_IP.to(device)
+        if self._first is None and self._omega_IC is None:
+            U_OK, V_IK = (torch.eye(n, self.k, device=device) for n in (n_out, n_in))
+            self._first = Factors(U_OK, torch.zeros(self.k, device=device), V_IK)
+
+    def _describe(self, found: Factors, processes: Processes) -> SketchedGradient:
+        """Measures on the probes what the factors leave out."""
+        assert self._Y_OC is not None
+        U_OK, S_K, V_IK = found
+        probed_OP = processes.sum_(self._Y_OC[:, self.k :].contiguous())
+        rest_OP = probed_OP - (U_OK * S_K) @ (V_IK.T @ self._probes_IP)
+        rest = float(rest_OP.double().square().sum()) / max(1, self.n_probes)
+        norm = (float(S_K.double().square().sum()) + rest) ** 0.5
+        n_positions = int(processes.sum_(torch.tensor(self.n_positions)))
+        error = rest**0.5 / norm if norm > 0 else 0.0
+        return SketchedGradient(U_OK.cpu(), S_K.cpu(), V_IK.cpu(), norm, error, n_positions)
+
+
+class OnePassSketch(_Sketch):
+    """The sketches ``G Ω`` and ``Ψᵀ G`` of one layer, summed over batches.
+
+    Every process sums its own; ``finish`` brings them together.
 
     Args:
         shape_OI: Of the weight.
@@ -61,86 +152,123 @@ class LayerSketch:
     """
 
     def __init__(self, shape_OI: tuple[int, int], size: SketchSize, generator: torch.Generator) -> None:
-        n_out, n_in = shape_OI
-        self._noise_IK = torch.randn(n_in, min(size.right, n_out, n_in), generator=generator)
-        self._noise_OL = torch.randn(n_out, min(size.left, n_out, n_in), generator=generator)
-        self._probes_IP = torch.randn(n_in, size.probes, generator=generator)
-        self.Y_OC = torch.zeros(n_out, self._noise_IK.shape[1] + size.probes)
-        self.Z_LI = torch.zeros(self._noise_OL.shape[1], n_in)
-        self._omega_IC: Tensor | None = None  # Ω, then the probes
+        super().__init__(shape_OI, size, generator)
+        self._l = min(max(size.left, self.k), *shape_OI)
         self._psi_OL: Tensor | None = None
+        self._Z_LI: Tensor | None = None
 
-    @property
-    def is_started(self) -> bool:
-        """Whether Ω and Ψ are chosen."""
-        return self._omega_IC is not None
+    def aim(self) -> None:
+        """Turns Ω and Ψ to the leading singular vectors of what has been seen; keeps that as its factors."""
+        if self._Y_OC is None or not self.is_finite:
+            return
+        U_OK, S_K, V_IK = self.factors()
+        fill_OE = torch.randn(len(U_OK), self._l - self.k, generator=self._generator).to(U_OK)
+        psi_OL = _orthonormal(torch.cat([U_OK, fill_OE], dim=1)).contiguous()
+        self._aim(V_IK)
+        self._Y_OC[:, : self.k] = U_OK * S_K
+        self._Z_LI = ((psi_OL.T @ U_OK) * S_K) @ V_IK.T
+        self._psi_OL = psi_OL
 
-    @property
-    def omega_IC(self) -> Tensor:
-        """Ω, then the probes."""
-        assert self._omega_IC is not None, "the sketch has no directions yet"
-        return self._omega_IC
+    def factors(self) -> Factors:
+        """The leading singular triplets of what has been seen."""
+        if self._first is not None:
+            return self._first
+        assert self._Y_OC is not None and self._Z_LI is not None and self._psi_OL is not None
+        Q_OK = _orthonormal(self._Y_OC[:, : self.k].double())
+        seen_KL = torch.linalg.pinv(self._psi_OL.double().T @ Q_OK, rtol=_UNSEEN)
+        return _factors(Q_OK, seen_KL @ self._Z_LI.double())
 
-    @property
-    def psi_OL(self) -> Tensor:
-        """Ψ, orthonormal."""
-        assert self._psi_OL is not None, "the sketch has no directions yet"
-        return self._psi_OL
+    def sums(self) -> list[Tensor]:
+        """What a batch that is not finite would spoil."""
+        return [*super().sums(), *([self._Z_LI] if self._Z_LI is not None else [])]
 
-    def start(self, U_OK: Tensor, V_IK: Tensor) -> None:
-        """Chooses Ω and Ψ: the given singular vectors, Ψ filled up with random directions."""
-        noise_OE = self._noise_OL[:, U_OK.shape[1] :].to(U_OK)
-        self._psi_OL = _orthonormal(torch.cat([U_OK, noise_OE], dim=1)).contiguous()
-        self._omega_IC = torch.cat([V_IK, self._probes_IP.to(V_IK)], dim=1).contiguous()
-        self.Y_OC, self.Z_LI = self.Y_OC.to(U_OK.device), self.Z_LI.to(U_OK.device)
+    def finish(self, processes: Processes) -> SketchedGradient:
+        """The leading singular triplets of the sum over all processes; to be called on all of them."""
+        self._take_over(processes.device)
+        return self._describe(merge_factors(self.factors(), processes), processes)
 
-    def add(self, x_NI: Tensor, delta_NO: Tensor) -> None:
-        """Adds one batch: inputs and output gradients of its positions, float32.
-
-        A sketch without directions takes them from the gradient of this batch alone.
-        """
-        if not self.is_started:
-            self.start(*leading_vectors(delta_NO, x_NI, self._noise_IK.to(x_NI)))
-        self.Y_OC.addmm_(delta_NO.T, x_NI @ self.omega_IC)
-        self.Z_LI.addmm_((delta_NO @ self.psi_OL).T, x_NI)
-
-    def basis(self) -> Tensor:
-        """``Q_OK``, an orthonormal basis of ``G Ω``."""
-        return _orthonormal(self.Y_OC[:, : self._noise_IK.shape[1]].double()).float()
-
-    def solve(self, exact_KI: Tensor | None = None) -> SketchedGradient:
-        """The leading singular triplets.
-
-        Args:
-            exact_KI: ``Qᵀ G`` of a second pass; without it, it is solved for from ``Ψᵀ G``.
-        """
-        Q_OK, probed_OP = self.basis().double(), self.Y_OC[:, self._noise_IK.shape[1] :].double()
-        if exact_KI is not None:
-            B_KI = exact_KI.double()
-        else:
-            B_KI = torch.linalg.lstsq(self.psi_OL.double().T @ Q_OK, self.Z_LI.double()).solution
-        inner_KK, S_K, Vt_KI = torch.linalg.svd(B_KI, full_matrices=False)
-        rest_OP = probed_OP - Q_OK @ (B_KI @ self._probes_IP.to(B_KI))
-        rest = float(rest_OP.square().sum()) / max(1, rest_OP.shape[1])
-        norm = (float(S_K.square().sum()) + rest) ** 0.5
-        U_OK = Q_OK @ inner_KK
-        error = rest**0.5 / norm if norm > 0 else 0.0
-        return SketchedGradient(U_OK.float().cpu(), S_K.float().cpu(), Vt_KI.T.float().cpu(), norm, error)
+    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_OC: Tensor, omega_IC: Tensor) -> None:
+        super()._add_next(x_NI, delta_NO, Y_OC, omega_IC)
+        assert self._psi_OL is not None and self._Z_LI is not None
+        self._Z_LI.addmm_((delta_NO @ self._psi_OL).T, x_NI)
 
 
-def leading_vectors(delta_NO: Tensor, x_NI: Tensor, noise_IK: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading left and right singular vectors of ``δᵀ x``, by skinny products alone.
+class TwoPassSketch(_Sketch):
+    """The sketch ``G Ω`` of one layer in a first pass, and ``Qᵀ G`` in a second.
 
-    Returns:
-        ``U_OK`` and ``V_IK``, as many columns as the noise has.
+    Args:
+        shape_OI: Of the weight.
+        size: Columns of the sketch; no more than the weight has rows or columns.
+        generator: Source of the random parts, on the CPU.
     """
+
+    _Q_OK: Tensor | None = None
+    _B_KI: Tensor | None = None
+
+    def aim(self, processes: Processes) -> None:
+        """Turns Ω to what the main process's first batch was made of; to be called on all after the first."""
+        self._take_over(processes.device)
+        assert self._first is not None and self._Y_OC is not None
+        U_OK, S_K, V_IK = self._first
+        common_IK = V_IK.clone()
+        processes.from_main_(common_IK)
+        self._Y_OC[:, : self.k] = (U_OK * S_K) @ (V_IK.T @ common_IK)
+        self._aim(common_IK)
+
+    def end_first_pass(self, processes: Processes) -> None:
+        """Fixes Q, on all processes."""
+        assert self._Y_OC is not None
+        sum_OK = processes.sum_(self._Y_OC[:, : self.k].contiguous())
+        self._Q_OK = _orthonormal(sum_OK.double()).float()
+        processes.from_main_(self._Q_OK)
+        self._omega_IC = None  # its place is needed now
+        self._B_KI = self._Q_OK.new_zeros(self.k, self.shape_OI[1])
+
+    def project(self, x_NI: Tensor, delta_NO: Tensor) -> None:
+        """Adds inputs and output gradients of some positions in the second pass."""
+        assert self._Q_OK is not None and self._B_KI is not None
+        self._B_KI.addmm_((delta_NO @ self._Q_OK).T, x_NI)
+
+    def sums(self) -> list[Tensor]:
+        """What a batch that is not finite would spoil."""
+        return super().sums() if self._B_KI is None else [self._B_KI]
+
+    def finish(self, processes: Processes) -> SketchedGradient:
+        """The leading singular triplets of the sum over all processes; to be called on all of them."""
+        assert self._Q_OK is not None and self._B_KI is not None
+        B_KI = processes.sum_(self._B_KI)
+        return self._describe(_factors(self._Q_OK.double(), B_KI.double()), processes)
+
+
+def leading_factors(delta_NO: Tensor, x_NI: Tensor, noise_IK: Tensor) -> Factors:
+    """Leading singular triplets of ``δᵀ x``, by skinny products alone; as many as the noise has columns."""
     Y_OK = delta_NO.T @ (x_NI @ noise_IK)
-    for _ in range(_POWER_ITERATIONS):
-        Y_OK = delta_NO.T @ (x_NI @ _orthonormal(x_NI.T @ (delta_NO @ _orthonormal(Y_OK))))
+    Y_OK = delta_NO.T @ (x_NI @ _orthonormal(x_NI.T @ (delta_NO @ _orthonormal(Y_OK))))
     Q_OK = _orthonormal(Y_OK)
-    inner_KK, _, Vt_KI = torch.linalg.svd((delta_NO @ Q_OK).T @ x_NI, full_matrices=False)
-    return Q_OK @ inner_KK, Vt_KI.T
+    return _factors(Q_OK, (delta_NO @ Q_OK).T @ x_NI)
+
+
+def merge_factors(mine: Factors, processes: Processes) -> Factors:
+    """Leading singular triplets of the sum of all processes' factors, by subspace iteration."""
+    if processes.world_size == 1:
+        return mine
+    U_OK, S_K, V_IK = mine
+    start_IK = V_IK.contiguous().clone()
+    processes.from_main_(start_IK)
+    for _ in range(_MERGE_ROUNDS):
+        Q_OK = _orthonormal(processes.sum_((U_OK * S_K) @ (V_IK.T @ start_IK)))
+        processes.from_main_(Q_OK)  # not every machine rounds alike
+        B_KI = processes.sum_(((Q_OK.T @ U_OK) * S_K) @ V_IK.T)
+        start_IK = _orthonormal(B_KI.T)
+    return _factors(Q_OK.double(), B_KI.double())
+
+
+def _factors(Q_OK: Tensor, B_KI: Tensor) -> Factors:
+    """The singular triplets of ``Q B``; the long side of B goes through a QR, which is cheaper."""
+    right_IK, R_KK = torch.linalg.qr(B_KI.T)
+    inner_KK, S_K, Vt_KK = torch.linalg.svd(R_KK.T)
+    return Factors((Q_OK @ inner_KK).float(), S_K.float(), (right_IK @ Vt_KK.T).float())
 
 
 def _orthonormal(M: Tensor) -> Tensor:
-    return torch.linalg.qr(M)[0]
+    return torch.linalg.qr(M)[0].contiguous()

@@ -57,16 +57,23 @@ class GradientStart:
 
 
 def reduce_gradient(
-    name: str, G_OI: Tensor, start: GradientStart, rank: int, generator: torch.Generator
+    name: str,
+    G_OI: Tensor,
+    start: GradientStart,
+    rank: int,
+    generator: torch.Generator,
+    n_triplets: int | None = None,
 ) -> LayerEstimate:
     """What ``start`` needs to know of a gradient (out, in), float32 on the device to compute on.
+
+    Keeps ``n_triplets`` triplets, or as many as ``start`` reads at ``rank``.
 
     Raises:
         UserError: If the gradient is zero or not finite.
     """
     if start.objective == "adam":
         return minimise_adam_objective(name, G_OI, rank=rank, direction=start.direction, generator=generator)
-    return decompose_for(start.objective, name, G_OI, start.triplets_needed(rank))
+    return decompose_for(start.objective, name, G_OI, n_triplets or start.triplets_needed(rank))
 
 
 def gradient_starts(

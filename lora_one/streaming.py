@@ -1,8 +1,8 @@
-"""The streaming estimators: sketches of every target's gradient, summed over a sample's batches."""
+"""The streaming estimators: a sketch of every target's gradient, filled by passes that somebody runs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,126 +11,145 @@ from lora_one.collect import watch_activations
 from lora_one.errors import UserError
 from lora_one.layers import shape_OI
 from lora_one.processes import Processes
-from lora_one.sketch import LayerSketch, SketchedGradient, SketchSize
+from lora_one.sketch import OnePassSketch, SketchedGradient, SketchSize, TwoPassSketch
 
-# Runs one batch forward and backward, and gives its loss.
-RunBatch = Callable[[Any], float]
-
-
-@dataclass(frozen=True)
-class StreamedGradients:
-    """Per target what its sketch knows, and the summed loss of this process's batches."""
-
-    layers: dict[str, SketchedGradient]
-    loss: float
+Sketch = TypeVar("Sketch", OnePassSketch, TwoPassSketch)
 
 
-def stream_gradients(
-    model: Any,
-    targets: Sequence[str],
-    passes: Callable[[], Iterable[Any]],
-    warm_up: Sequence[Any],
-    run_batch: RunBatch,
-    *,
-    size: SketchSize,
-    two_passes: bool,
-    seed: int,
-    processes: Processes,
-) -> StreamedGradients:
-    """Sketches the gradients of the targets' weights; no (out, in) matrix is formed.
+class Sketches(Generic[Sketch]):
+    """The sketches of all targets; layers that share one weight share the sketch."""
+
+    def __init__(self, by_name: dict[str, Sketch]) -> None:
+        self.by_name: dict[str, Sketch] = by_name
+        self.unique: list[Sketch] = list({id(sketch): sketch for sketch in by_name.values()}.values())
+
+    def are_finite(self) -> bool:
+        """Whether every number that has been added was finite."""
+        if not all(sketch.is_finite for sketch in self.unique):
+            return False
+        sums = [tensor.sum() for sketch in self.unique for tensor in sketch.sums()]
+        return not sums or bool(torch.stack([total.cpu() for total in sums]).isfinite().all())
+
+    def finish(self, processes: Processes) -> dict[str, SketchedGradient]:
+        """What the sketches know, summed over the processes.
+
+        Raises:
+            UserError: If no gradient has reached a target on any process.
+        """
+        solved = {id(sketch): sketch.finish(processes) for sketch in self.unique}
+        found = {name: solved[id(sketch)] for name, sketch in self.by_name.items()}
+        for name, gradient in found.items():
+            if gradient.n_positions == 0:
+                raise UserError(f"{name}: no gradient reached it; leave it out of the target modules")
+        return found
+
+
+@contextmanager
+def one_pass(
+    model: Any, targets: Sequence[str], size: SketchSize, *, seed: int, dropout: bool = False
+) -> Iterator[Sketches[OnePassSketch]]:
+    """Sketches the gradients of the targets' weights while the caller runs forward and backward passes.
 
     Args:
-        model: The pretrained model, without adapters; quantised or not.
+        model: The pretrained model, without adapters; quantised, sharded or neither.
         targets: Names of linear layers.
-        passes: Begins a pass over this process's share of the sample; called twice with ``two_passes``.
-        warm_up: The first few batches of the whole sample, the same on every process; their gradient
-            chooses the sketches' directions.
-        run_batch: Runs a batch forward and backward.
         size: Columns of the sketches.
-        two_passes: Whether a second pass finds the exact coefficients in the basis of the first.
-        seed: Of the random parts.
-        processes: Who shares the work.
+        seed: Of the random parts; the same on every process.
+        dropout: Whether the model's dropout is on.
 
     Raises:
-        UserError: If a target shares its weight with a layer that is none, or gets no gradient.
+        UserError: If a target shares its weight with a layer that is none.
     """
-    rough = _new_sketches(model, targets, size, seed + 1)
-    alone = replace(processes, rank=0, world_size=1)
-    # A second pass over so few examples is cheap, and finds better directions.
-    found, _ = _sketch(model, targets, rough, lambda: warm_up, run_batch, two_passes=True, processes=alone)
-    sketches = _new_sketches(model, targets, size, seed)
-    for name, sketch in sketches.items():
-        if not sketch.is_started:
-            device = rough[name].Y_OC.device
-            sketch.start(found[name].U_OK.to(device), found[name].V_IK.to(device))
-            processes.from_main_(sketch.omega_IC, sketch.psi_OL)
-    layers, loss = _sketch(
-        model, targets, sketches, passes, run_batch, two_passes=two_passes, processes=processes
-    )
-    return StreamedGradients(layers, loss)
+    sketches = Sketches(_new_sketches(model, targets, size, seed, OnePassSketch))
+    n_calls = 0
+
+    def begin_batch(*_: Any) -> None:
+        nonlocal n_calls
+        if n_calls & (n_calls - 1) == 0:  # 1, 2, 4, 8, ... batches are behind us
+            for sketch in sketches.unique:
+                sketch.aim()
+        n_calls += torch.is_grad_enabled()
+
+    handle = model.register_forward_pre_hook(begin_batch)
+    try:
+        with watch_activations(model, targets, _adding(sketches, "add"), dropout=dropout):
+            yield sketches
+    finally:
+        handle.remove()
 
 
-def _sketch(
+def two_passes(
     model: Any,
     targets: Sequence[str],
-    sketches: Mapping[str, LayerSketch],
-    passes: Callable[[], Iterable[Any]],
-    run_batch: RunBatch,
+    size: SketchSize,
     *,
-    two_passes: bool,
+    seed: int,
+    run_pass: Callable[[Sketches[TwoPassSketch], Callable[[int], None]], None],
     processes: Processes,
-) -> tuple[dict[str, SketchedGradient], float]:
-    """Fills the sketches from one pass or two, and solves them."""
-    loss = _pass(model, targets, passes(), run_batch, lambda name, x, d: sketches[name].add(x, d))
-    unique = list({id(sketch): sketch for sketch in sketches.values()}.values())
-    for name, sketch in sketches.items():
-        if not sketch.is_started:
-            raise UserError(f"{name}: no gradient reached it; leave it out of peft.lora_target_modules")
-    for sketch in unique:
-        processes.sum_(sketch.Y_OC)
-        processes.sum_(sketch.Z_LI)
-    exact: dict[int, Tensor] = {}
-    if two_passes:
-        bases = {id(sketch): sketch.basis() for sketch in unique}
-        exact = {id(s): torch.zeros_like(s.Z_LI[: bases[id(s)].shape[1]]) for s in unique}
+    dropout: bool = False,
+) -> Sketches[TwoPassSketch]:
+    """Sketches the gradients of the targets' weights in two passes over the same batches.
 
-        def project(name: str, x_NI: Tensor, delta_NO: Tensor) -> None:
-            key = id(sketches[name])
-            exact[key].addmm_((delta_NO @ bases[key]).T, x_NI)
+    Args:
+        model: The pretrained model, without adapters; quantised, sharded or neither.
+        targets: Names of linear layers.
+        size: Columns of the sketches.
+        seed: Of the random parts.
+        run_pass: Runs this process's batches forward and backward, at least one, and calls its second
+            argument with the number of batches done after each.
+        processes: Who shares the sample.
+        dropout: Whether the model's dropout is on; both passes must draw the same.
 
-        _pass(model, targets, passes(), run_batch, project)
-        for coefficients_KI in exact.values():
-            processes.sum_(coefficients_KI)
-    solved = {id(sketch): sketch.solve(exact.get(id(sketch))) for sketch in unique}
-    return {name: solved[id(sketches[name])] for name in targets}, loss
+    Raises:
+        UserError: If a target shares its weight with a layer that is none.
+    """
+    sketches = Sketches(_new_sketches(model, targets, size, seed, TwoPassSketch))
+
+    def after_batch(number: int) -> None:
+        if number == 1:
+            for sketch in sketches.unique:
+                sketch.aim(processes)
+
+    with watch_activations(model, targets, _adding(sketches, "add"), dropout=dropout):
+        run_pass(sketches, after_batch)
+    for sketch in sketches.unique:
+        sketch.end_first_pass(processes)
+    with watch_activations(model, targets, _adding(sketches, "project"), dropout=dropout):
+        run_pass(sketches, lambda number: None)
+    return sketches
 
 
-def _new_sketches(model: Any, targets: Sequence[str], size: SketchSize, seed: int) -> dict[str, LayerSketch]:
-    """One sketch a weight: layers that share one share the sketch."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: model.get_submodule(name).weight for name in targets}
+def _adding(sketches: Sketches[Any], method: str) -> Callable[[str, Tensor, Tensor], None]:
+    return lambda name, x_NI, delta_NO: getattr(sketches.by_name[name], method)(x_NI, delta_NO)
+
+
+def shared_elsewhere(model: Any, targets: Sequence[str]) -> tuple[str, str] | None:
+    """A target and a layer that is none but has the same weight, such as the embedding of a tied head."""
+    owners = {id(model.get_submodule(name).weight): name for name in targets}
     own = {id(model.get_submodule(name)) for name in targets}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            shared = next((target for target, weight in weights.items() if weight is parameter), None)
-            if shared is not None and id(module) not in own:
-                raise UserError(
-                    f"{shared}: shares its weight with {name}, whose part of the gradient a streaming "
-                    "estimator does not see; use init.estimator=exact"
-                )
-    by_weight: dict[int, LayerSketch] = {}
-    for name, weight in weights.items():
-        if id(weight) not in by_weight:
-            by_weight[id(weight)] = LayerSketch(shape_OI(model.get_submodule(name)), size, generator)
-    return {name: by_weight[id(weight)] for name, weight in weights.items()}
+            if id(parameter) in owners and id(module) not in own:
+                return owners[id(parameter)], name
+    return None
 
 
-def _pass(
-    model: Any,
-    targets: Sequence[str],
-    batches: Iterable[Any],
-    run_batch: RunBatch,
-    add: Callable[[str, Tensor, Tensor], None],
-) -> float:
-    with watch_activations(model, targets, add):
-        return sum(run_batch(batch) for batch in batches)
+def _new_sketches(
+    model: Any, targets: Sequence[str], size: SketchSize, seed: int, kind: type[Sketch]
+) -> dict[str, Sketch]:
+    """One sketch a weight: layers that share one share the sketch."""
+    shared = shared_elsewhere(model, targets)
+    if shared is not None:
+        raise UserError(
+            f"{shared[0]}: shares its weight with {shared[1]}, whose part of the gradient a streaming "
+            "estimator does not see; use the exact one (init.estimator=exact)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    by_weight: dict[int, Sketch] = {}
+    found = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        if id(layer.weight) not in by_weight:
+            by_weight[id(layer.weight)] = kind(shape_OI(layer), size, generator)
+        found[name] = by_weight[id(layer.weight)]
+    return found

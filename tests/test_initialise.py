@@ -14,10 +14,11 @@ from lora_one import portable, training
 from lora_one.baselines import PEFT_MODES
 from lora_one.config import ExperimentConfig, result_identity
 from lora_one.errors import UserError
-from lora_one.gradients import estimate_gradient, gradient_batches
+from lora_one.gradients import estimate_gradient
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.layers import read_weight
 from lora_one.models import LoadedModel, adapter_ranks, check_rank, linear_layers, target_names
+from lora_one.sample import gradient_batches
 
 EXAMPLES = random_examples(24, longest=16)
 RANK = 4

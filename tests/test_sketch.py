@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import ALONE, on_two_processes
 
-from lora_one.sketch import LayerSketch, SketchSize, leading_vectors
+from lora_one.processes import start_processes
+from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, leading_factors, merge_factors
 
 SIZE = SketchSize(right=12, left=24, probes=4)
 
@@ -32,61 +34,115 @@ def captured(G: torch.Tensor, sketched, k: int) -> float:
     return float((U.T @ G @ V).square().sum() / torch.linalg.svdvals(G)[:k].square().sum())
 
 
-def sketch_of(parts: list, n_out: int, n_in: int, size: SketchSize = SIZE) -> LayerSketch:
-    sketch = LayerSketch((n_out, n_in), size, torch.Generator().manual_seed(1))
-    for x, delta in parts:
+def sketch_of(parts: list, n_out: int, n_in: int, size: SketchSize = SIZE) -> OnePassSketch:
+    sketch = OnePassSketch((n_out, n_in), size, torch.Generator().manual_seed(1))
+    for number, (x, delta) in enumerate(parts):
+        if number in (1, 2, 4):
+            sketch.aim()
         sketch.add(x, delta)
     return sketch
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
+def twice(parts: list, n_out: int, n_in: int, size: SketchSize = SIZE):
+    sketch = TwoPassSketch((n_out, n_in), size, torch.Generator().manual_seed(1))
+    sketch.add(*parts[0])
+    sketch.aim(ALONE)
+    for x, delta in parts[1:]:
+        sketch.add(x, delta)
+    sketch.end_first_pass(ALONE)
+    for x, delta in parts:
+        sketch.project(x, delta)
+    return sketch.finish(ALONE)
+
+
+SHAPES = [(60, 90), (90, 60), (64, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_one_pass_captures_the_leading_directions(shape):
     parts = batches(6, *shape)
-    sketched = sketch_of(parts, *shape).solve()
+    sketched = sketch_of(parts, *shape).finish(ALONE)
     assert captured(summed(parts), sketched, 4) > 0.999
     assert captured(summed(parts), sketched, 8) > 0.995
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
-def test_a_second_pass_is_no_worse(shape):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_passes_give_the_projection_on_their_basis(shape):
     parts = batches(6, *shape, decay=0.2)
-    sketch, G = sketch_of(parts, *shape), summed(parts)
-    Q_OK = sketch.basis()
-    exact_KI = sum((delta @ Q_OK).T @ x for x, delta in parts)
-    twice, once = sketch.solve(exact_KI), sketch.solve()
-    assert captured(G, twice, 8) >= captured(G, once, 8) - 1e-4
-    product = (twice.U_OK * twice.S_K) @ twice.V_IK.T
-    assert float((product - Q_OK @ Q_OK.T @ G.float()).norm() / G.norm()) < 1e-4
+    G, found = summed(parts), twice(parts, *shape)
+    product = ((found.U_OK * found.S_K) @ found.V_IK.T).double()
+    projected = found.U_OK.double() @ (found.U_OK.double().T @ G)
+    assert float((product - projected).norm() / G.norm()) < 1e-5
+    assert captured(G, found, 4) > 0.99
 
 
-def test_a_gradient_of_low_rank_is_found_exactly():
-    parts = [(x[:5], delta[:5]) for x, delta in batches(2, 60, 90)]  # rank 10
-    sketched, G = sketch_of(parts, 60, 90).solve(), summed(parts)
-    product = (sketched.U_OK * sketched.S_K) @ sketched.V_IK.T
-    assert float((product - G).norm() / G.norm()) < 1e-4
-    assert sketched.error < 1e-3
-    assert sketched.norm == pytest.approx(float(G.norm()), rel=1e-3)
+@pytest.mark.parametrize("sketch", [lambda *of: sketch_of(*of).finish(ALONE), twice])
+class TestBothForms:
+    def test_a_gradient_of_low_rank_is_found_exactly(self, sketch):
+        parts = [(x[:5], delta[:5]) for x, delta in batches(2, 60, 90)]  # rank 10
+        sketched, G = sketch(parts, 60, 90), summed(parts)
+        product = (sketched.U_OK * sketched.S_K) @ sketched.V_IK.T
+        assert float((product - G).norm() / G.norm()) < 1e-4
+        assert sketched.error < 1e-3
+        assert sketched.norm == pytest.approx(float(G.norm()), rel=1e-3)
+        assert sketched.n_positions == 10
+
+    def test_a_small_layer_is_sketched_whole(self, sketch):
+        parts = batches(3, 30, 8)
+        sketched, G = sketch(parts, 30, 8), summed(parts)
+        assert sketched.S_K.numel() == 8
+        assert captured(G, sketched, 8) == pytest.approx(1, abs=1e-4)
+
+    def test_the_error_estimate_is_of_the_right_size(self, sketch):
+        parts = batches(5, 80, 120, decay=0.05)
+        size = SketchSize(right=6, left=12, probes=40)
+        sketched, G = sketch(parts, 80, 120, size), summed(parts)
+        product = (sketched.U_OK * sketched.S_K) @ sketched.V_IK.T
+        assert sketched.error == pytest.approx(float((product - G).norm() / G.norm()), rel=0.25)
+        assert sketched.norm == pytest.approx(float(G.norm()), rel=0.25)
+
+    def test_a_gradient_of_zero_is_zero(self, sketch):
+        sketched = sketch([(x, delta * 0) for x, delta in batches(3, 60, 90)], 60, 90)
+        assert (sketched.norm, sketched.error) == (0, 0)
 
 
-def test_a_small_layer_is_sketched_whole():
-    parts = batches(3, 30, 8)
-    sketched, G = sketch_of(parts, 30, 8).solve(), summed(parts)
-    assert sketched.S_K.numel() == 8
-    assert captured(G, sketched, 8) == pytest.approx(1, abs=1e-4)
+def test_a_layer_called_twice_in_the_first_batch_counts_twice():
+    (x, delta), (x2, delta2) = parts = batches(2, 60, 90)
+    sketch = OnePassSketch((60, 90), SketchSize(right=40, left=60), torch.Generator().manual_seed(0))
+    sketch.add(x, delta)
+    sketch.add(x2, delta2)
+    U, S, V = sketch.factors()
+    G = summed(parts).float()
+    assert float(((U * S) @ V.T - G).norm() / G.norm()) < 1e-2
 
 
-def test_the_error_estimate_is_of_the_right_size():
-    parts = batches(4, 80, 120, decay=0.05)
-    size = SketchSize(right=6, left=12, probes=40)
-    sketched, G = sketch_of(parts, 80, 120, size).solve(), summed(parts)
-    product = (sketched.U_OK * sketched.S_K) @ sketched.V_IK.T
-    assert sketched.error == pytest.approx(float((product - G).norm() / G.norm()), rel=0.25)
-
-
-def test_leading_vectors_are_those_of_the_product():
+def test_leading_factors_are_those_of_the_product():
     x, delta = batches(1, 50, 70)[0]
-    U, V = leading_vectors(delta, x, torch.randn(70, 10, generator=torch.Generator().manual_seed(0)))
+    U, S, V = leading_factors(delta, x, torch.randn(70, 10, generator=torch.Generator().manual_seed(0)))
     reference = torch.linalg.svd(delta.T @ x)
     for ours, theirs in ((U, reference[0]), (V, reference[2].T)):
         overlap = torch.linalg.svdvals(ours[:, :4].T @ theirs[:, :4])
         assert float(overlap.min()) > 0.999
+    assert torch.allclose(S[:4], reference[1][:4], rtol=1e-3)
+
+
+def merge_as_rank(path: str) -> None:
+    processes = start_processes()
+    found = [merge_factors(factors_of_rank(processes.rank), processes)]
+    if processes.is_main:
+        torch.save(tuple(found[0]), path)
+
+
+def factors_of_rank(rank: int):
+    return sketch_of(batches(3, 60, 90, seed=rank), 60, 90).factors()
+
+
+def test_merged_factors_are_the_leading_ones_of_the_sum(tmp_path):
+    on_two_processes(merge_as_rank, str(tmp_path / "merged.pt"))
+    U, S, V = torch.load(tmp_path / "merged.pt")
+    parts = [factors_of_rank(rank) for rank in (0, 1)]
+    G = sum((U * S) @ V.T for U, S, V in parts).double()
+    best = torch.linalg.svdvals(G)
+    assert torch.allclose(S[:6].double(), best[:6], rtol=1e-2)
+    kept = (U[:, :8].double().T @ G @ V[:, :8].double()).square().sum()
+    assert float(kept / best[:8].square().sum()) > 0.999

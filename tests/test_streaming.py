@@ -13,6 +13,8 @@ from lora_one.gradients import estimate_gradient
 from lora_one.layers import to_OI
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
+from lora_one.sketch import SketchSize
+from lora_one.streaming import one_pass
 
 RANK = 4
 STREAMING = ["sketch", "sketch_two_pass"]
@@ -145,16 +147,16 @@ def test_on_a_4_bit_base(estimator, tmp_path):
 
 
 def test_a_weight_shared_with_the_embedding_is_refused():
-    from lora_one.sketch import SketchSize
-    from lora_one.streaming import _new_sketches
-
-    with pytest.raises(
-        UserError, match=r"lm_head: shares its weight with model\.embed_tokens.*init\.estimator=exact"
+    with (
+        pytest.raises(
+            UserError, match=r"lm_head: shares its weight with model\.embed_tokens.*init\.estimator=exact"
+        ),
+        one_pass(build("tied_head"), ["lm_head"], SketchSize(), seed=0),
     ):
-        _new_sketches(build("tied_head"), ["lm_head"], SketchSize(), 0)
+        pass
     model = build("shared_pair")
-    shared = _new_sketches(model, targets_of(model, "shared_pair"), SketchSize(), 0)
-    assert len({id(sketch) for sketch in shared.values()}) == 1
+    with one_pass(model, targets_of(model, "shared_pair"), SketchSize(), seed=0) as shared:
+        assert len(shared.unique) == 1
 
 
 @pytest.mark.parametrize("objective", ["sign", "adam"])
