@@ -15,16 +15,20 @@ from lora_one.objectives import AdamFactors
 from lora_one.starts import GradientStart, LayerEstimate
 from lora_one.triplets import Triplets
 
-_FORMAT = "lora-one gradients 2"
+_FORMAT = "lora-one gradients 3"
 _SAMPLE = "weight_sample"
 
 
 def save_estimates(
-    path: Path, layers: Mapping[str, LayerEstimate], start: GradientStart, samples: Mapping[str, Tensor]
+    path: Path,
+    layers: Mapping[str, LayerEstimate],
+    start: dict[str, Any],
+    samples: Mapping[str, Tensor],
 ) -> None:
     """Writes the estimates in one piece, as safetensors whatever the file is called.
 
-    ``samples`` are a few entries of some weights, to know the model by.
+    ``start`` is the ``identity`` of what they are made for, ``samples`` a few entries of some weights, to
+    know the model by.
     """
     tensors: dict[str, Tensor] = {f"{name}/{_SAMPLE}": sample for name, sample in samples.items()}
     numbers: dict[str, list[float]] = {}
@@ -36,7 +40,7 @@ def save_estimates(
             parts = {"A_RI": layer.A_RI, "B_OR": layer.B_OR}
             numbers[name] = [layer.before, layer.after]
         tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in parts.items()}
-    metadata = {"format": _FORMAT, "start": json.dumps(identity(start)), "numbers": json.dumps(numbers)}
+    metadata = {"format": _FORMAT, "start": json.dumps(start), "numbers": json.dumps(numbers)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -47,11 +51,11 @@ def save_estimates(
         raise
 
 
-def load_estimates(path: Path, start: GradientStart) -> tuple[dict[str, LayerEstimate], dict[str, Tensor]]:
+def load_estimates(path: Path, start: dict[str, Any]) -> tuple[dict[str, LayerEstimate], dict[str, Tensor]]:
     """Reads what ``save_estimates`` wrote: the estimates, and the samples of the weights.
 
     Raises:
-        UserError: If the file is damaged, or made for another objective.
+        UserError: If the file is damaged, or made with another objective or estimator.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,7 +68,7 @@ def load_estimates(path: Path, start: GradientStart) -> tuple[dict[str, LayerEst
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and it is made again") from None
-    for key, value in identity(start).items():
+    for key, value in start.items():
         if stored.get(key) != value:
             raise UserError(
                 f"{path}: made with {key}={stored.get(key)}, but {key}={value} is asked for; "
@@ -82,9 +86,9 @@ def _layer(name: str, tensors: Mapping[str, Any], numbers: list[float]) -> Layer
     return Triplets(U_OK, S_K, V_IK, numbers[0])
 
 
-def identity(start: GradientStart) -> dict[str, Any]:
+def identity(start: GradientStart, estimator: str) -> dict[str, Any]:
     """What of the settings the stored numbers depend on; triplets serve every direction and scale."""
     if start.objective != "adam":
-        return {"objective": start.objective}
+        return {"objective": start.objective, "estimator": estimator}
     direction = ALIASES.get(start.direction, start.direction)
     return {"objective": start.objective, "direction": direction, "seed": start.seed}

@@ -19,21 +19,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_one.layers import quantisation, settle, shape_OI, to_OI
 
 
-class GradientSums:
+class Calls:
+    """What the backward passes of a recording reached.
+
+    Attributes:
+        n_calls: Calls of the model whose output took part in a backward pass.
+        reached: Names of the layers that received a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+        self.reached: set[str] = set()
+
+
+class GradientSums(Calls):
     """What the backward passes inside ``collect_gradients`` left.
 
     Attributes:
         G_OI: Layer name to the summed gradient, float32 on the CPU. Layers that share one weight share
             one tensor.
-        n_calls: Calls of the model whose output took part in a backward pass.
-        reached: Names of the layers that received a gradient.
         is_finite: Whether every entry that has been added was finite.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.G_OI: dict[str, Tensor] = {}
-        self.n_calls = 0
-        self.reached: set[str] = set()
         self.is_finite = True
 
     def add(self, names: Sequence[str], G_OI: Tensor) -> None:
@@ -72,7 +82,7 @@ def watch_activations(
     add: Callable[[str, Tensor, Tensor], None],
     *,
     dropout: bool = False,
-) -> Iterator[None]:
+) -> Iterator[Calls]:
     """Hands every target's inputs and output gradients to ``add`` while the caller runs passes.
 
     No weight takes a gradient. Everything is as before afterwards.
@@ -84,8 +94,18 @@ def watch_activations(
             (positions, out), both float32 on the layer's device.
         dropout: As in ``collect_gradients``.
     """
-    with _recording(model, lambda: _watch_activations(model, targets, add), dropout):
-        yield
+    calls = Calls()
+
+    def hand_on(name: str, x_NI: Tensor, delta_NO: Tensor) -> None:
+        calls.reached.add(name)
+        add(name, x_NI, delta_NO)
+
+    def hooks() -> Iterator[Any]:
+        yield _count_calls(model, calls)
+        yield from _watch_activations(model, targets, hand_on)
+
+    with _recording(model, hooks, dropout):
+        yield calls
 
 
 @contextmanager
@@ -171,14 +191,14 @@ def _on_output_gradient(layer: Any, add: Callable[[Tensor, Tensor], None]) -> An
     return layer.register_forward_hook(watch)
 
 
-def _count_calls(model: nn.Module, sums: GradientSums) -> Any:
+def _count_calls(model: nn.Module, calls: Calls) -> Any:
     def watch(_: nn.Module, __: Any, output: Any) -> None:
         counted: list[bool] = []
 
         def count(_: Tensor) -> None:
             if not counted:
                 counted.append(True)
-                sums.n_calls += 1
+                calls.n_calls += 1
 
         for tensor in _tensors(output):
             if tensor.requires_grad:

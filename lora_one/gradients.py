@@ -1,6 +1,5 @@
 """The gradient estimate: the mean full fine-tuning gradient of each target, and what is kept of it."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_one.collect import collect_gradients
 from lora_one.config import ExperimentConfig
@@ -21,16 +19,14 @@ from lora_one.objectives import AdamFactors
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 from lora_one.sample import collate_slots, sample_batches
-from lora_one.sketch import SketchedGradient, SketchSize
+from lora_one.sketch import SketchedGradient, SketchSize, sketch_size, triplets_to_keep
 from lora_one.starts import LayerEstimate, reduce_gradient
 from lora_one.streaming import one_pass, shared_elsewhere, two_passes
-from lora_one.triplets import Triplets, check_norm, with_signs
+from lora_one.triplets import Triplets
 
 _ANNOUNCE_AFTER = 5  # batches
 # From so many examples on, one pass finds all that can be seen; below, a second costs little.
 ONE_PASS_EXAMPLES = 64
-_FEWEST_TRIPLETS = 16
-_FEWEST_TWO_PASS_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,8 @@ class Estimator:
 
     @property
     def size(self) -> SketchSize:
-        """Columns of the sketches: twice the triplets that are kept, or more."""
-        if self.name == "sketch":
-            return SketchSize(right=2 * self.n_triplets, left=3 * self.n_triplets)
-        return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * self.n_triplets), left=0)
+        """Columns of the sketches."""
+        return sketch_size(self.n_triplets, two_passes=self.name == "sketch_two_pass")
 
 
 @dataclass(frozen=True)
@@ -109,13 +103,11 @@ def choose_estimator(
 ) -> Estimator:
     """The estimator that ``init.estimator`` means here, and the number of triplets to keep.
 
-    The number is a power of two, so that runs of a sweep that differ in rank keep, and share, the same.
-
     Raises:
         UserError: If ``init.n_triplets`` is less than a rank needs.
     """
     needed = max(config.gradient_start().triplets_needed(rank) for rank in ranks.values())
-    kept = config.init.n_triplets or max(_FEWEST_TRIPLETS, 2 ** math.ceil(math.log2(needed)))
+    kept = config.init.n_triplets or triplets_to_keep(needed)
     if kept < needed:
         raise UserError(f"init.n_triplets={kept}: the adapters' ranks need {needed}; raise it, or use null")
     name: str = config.init.estimator
@@ -304,20 +296,5 @@ def _streaming(
     layers: dict[str, LayerEstimate] = {}
     for name, part in found.items():
         n_triplets = min(estimator.n_triplets, *shape_OI(sample.model.get_submodule(name)))
-        layers[name] = kept_triplets(name, part, n_triplets)
+        layers[name] = part.triplets(name, n_triplets)
     return layers, tuple(part.error for part in found.values())
-
-
-def kept_triplets(name: str, part: SketchedGradient, n_triplets: int) -> Triplets:
-    """The leading triplets of a sketch, under the sign convention.
-
-    Raises:
-        UserError: If the gradient is zero or not finite, naming the target.
-    """
-    norm = check_norm(name, part.norm)
-    parts: tuple[Tensor, Tensor, Tensor] = (
-        part.U_OK[:, :n_triplets],
-        part.S_K[:n_triplets],
-        part.V_IK[:, :n_triplets],
-    )
-    return with_signs(*parts, norm)

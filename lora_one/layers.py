@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +55,12 @@ def to_OI(layer: nn.Module, stored: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read_weight(layer: Any) -> Tensor:
-    """The weight (out, in), dequantised, in float32 on the layer's device; a copy."""
+    """The weight (out, in), dequantised, in float32 on the layer's device; a copy.
+
+    That of a sharded layer is gathered: all processes must ask for it.
+    """
+    if isinstance(layer.weight, DTensor):
+        return to_OI(layer, layer.weight.full_tensor()).to(torch.float32, copy=True)
     if quantisation(layer) is None:
         return to_OI(layer, layer.weight).to(torch.float32, copy=True)
     _settle_layer(layer)

@@ -26,16 +26,20 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_one import adapters
 from lora_one.cache import identity, load_estimates, save_estimates
-from lora_one.collect import GradientSums, collect_gradients
+from lora_one.collect import Calls, GradientSums, collect_gradients
 from lora_one.errors import UserError
 from lora_one.layers import is_linear, read_weight, settle, shape_OI, why_unsupported
 from lora_one.models import refuse_shared_modules
 from lora_one.portable_model import make_portable
+from lora_one.processes import Processes
 from lora_one.settings import MARK, PREPROCESS, is_gradient_start, start_config, start_kind, stock_config
+from lora_one.sketch import sketch_size, triplets_to_keep
 from lora_one.starts import GradientStart, LayerEstimate, gradient_starts, reduce_gradient
+from lora_one.streaming import one_pass
 from lora_one.triplets import Triplets
 
 _SAMPLED = 256
@@ -63,7 +67,8 @@ def preprocess_loraga(
     that it also serves another copy of the model, such as a quantised one.
 
     Args:
-        model: The pretrained model, without adapters; 4-bit and 8-bit bitsandbytes models included.
+        model: The pretrained model, without adapters; also in 4-bit or 8-bit (bitsandbytes), spread over
+            devices by a device map, or sharded by ``fully_shard``.
         lora_config: With ``init_lora_weights="lora_ga"`` and a ``lora_ga_config``, or ``"lora_one"`` and a
             ``lora_one_config``.
         train_step: Runs forward and backward passes of ``model``. Not called where ``cache_file`` exists.
@@ -74,8 +79,8 @@ def preprocess_loraga(
             is zero or not finite, a target cannot take an adapter, or the cache does not fit.
     """
     _check_model(model)
-    start = start_config(lora_config).start()
-    conflict = start.conflict()
+    start, estimator = start_config(lora_config).start(), start_config(lora_config).estimator
+    made_for, conflict = identity(start, estimator), start.conflict()
     if conflict is not None:
         raise UserError(f"{conflict[0]}: {conflict[1]}")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -83,17 +88,19 @@ def preprocess_loraga(
     ranks = resolve_ranks(model, lora_config, start)
     cache = Path(cache_file) if cache_file is not None else None
     if cache is not None and _from_main(cache.is_file() and cache.stat().st_size > 0):
-        layers, samples = load_estimates(cache, start)
+        layers, samples = load_estimates(cache, made_for)
         _check_fit(model, layers, ranks, start, str(cache))
         _check_weights(model, samples, str(cache))
     elif train_step is None and cache is not None:
         raise UserError(f"{cache}: no such file yet; give a train_step, which makes it")
     else:
-        layers = _estimate(model, ranks, start, train_step)
-        if cache is not None and _is_main():
-            save_estimates(cache, layers, start, _weight_samples(model, list(ranks)))
+        layers = _estimate(model, ranks, start, estimator, train_step)
+        if cache is not None:
+            samples = _weight_samples(model, list(ranks))  # on every process: the weights may be sharded
+            if _is_main():
+                save_estimates(cache, layers, made_for, samples)
     prepared: Any = lora_config
-    prepared._lora_one_prepared = _Prepared(layers, identity(start))
+    prepared._lora_one_prepared = _Prepared(layers, made_for)
     prepared.init_lora_weights = f"{start_kind(lora_config)}{MARK}"
 
 
@@ -129,10 +136,9 @@ def get_peft_model(
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise UserError("the model already has adapters; a gradient start needs a model without")
     start = config.start()
-    if identity(start) != prepared.identity:
-        raise UserError(
-            f"prepared with {prepared.identity}, but {identity(start)} is asked for; prepare them again"
-        )
+    asked = identity(start, config.estimator)
+    if asked != prepared.identity:
+        raise UserError(f"prepared with {prepared.identity}, but {asked} is asked for; prepare them again")
     ranks = resolve_ranks(model, peft_config, start)
     shift = getattr(config, "shift", "auto")
     if peft_config.use_dora and start.shifts_base:
@@ -216,50 +222,83 @@ def _check_targets(model: nn.Module, wanted: Any) -> None:
 
 
 def _estimate(
-    model: Any, ranks: Mapping[str, int], start: GradientStart, train_step: Callable[[], None] | None
+    model: Any,
+    ranks: Mapping[str, int],
+    start: GradientStart,
+    estimator: str,
+    train_step: Callable[[], None] | None,
 ) -> dict[str, LayerEstimate]:
     if not callable(train_step):
         raise UserError("train_step: give a function that runs forward and backward passes of the model")
-    before = {name: model.get_submodule(name).weight._version for name in ranks}
+    if estimator == "exact":
+        with collect_gradients(model, list(ranks)) as sums:
+            _run(model, ranks, train_step, sums)
+        return _decompose(model, ranks, start, sums)
+    needed = {name: start.triplets_needed(rank) for name, rank in ranks.items()}
+    size = sketch_size(triplets_to_keep(max(needed.values())), two_passes=False)
+    with one_pass(model, list(ranks), size, seed=start.seed) as sketches:
+        _run(model, ranks, train_step, sketches.calls)
+    processes = _processes()
+    n_calls = int(processes.sum_(torch.tensor(sketches.calls.n_calls)))
+    found = sketches.finish(processes)
+    return {name: part.triplets(name, needed[name], divided_by=n_calls) for name, part in found.items()}
+
+
+def _run(model: Any, ranks: Mapping[str, int], train_step: Callable[[], None], calls: Calls) -> None:
+    """Runs the user's passes, and checks what they did; fails on every process if on one."""
+    before = {name: _version(model.get_submodule(name)) for name in ranks}
     trouble: Exception | None = None
-    sums = GradientSums()
     try:
-        with collect_gradients(model, list(ranks)) as sums, torch.enable_grad():
+        with torch.enable_grad():
             train_step()
-        _check_reached(model, sums, ranks, before)
+        _check_reached(model, calls, ranks, before)
     except StopIteration:
-        trouble = UserError(f"train_step: its data ran out after {sums.n_calls} batches; take fewer")
+        trouble = UserError(f"train_step: its data ran out after {calls.n_calls} batches; take fewer")
     except Exception as error:
         trouble = error
     _raise_together(trouble)
-    n_calls = _sum_over_processes(sums)
+
+
+def _decompose(
+    model: Any, ranks: Mapping[str, int], start: GradientStart, sums: GradientSums
+) -> dict[str, LayerEstimate]:
+    processes = _processes()
+    n_calls = int(processes.sum_(torch.tensor(sums.n_calls)))
+    for tensor in sums.unique():
+        processes.sum_(tensor)
     generator = torch.Generator().manual_seed(start.seed)
     layers = {}
     for name, rank in ranks.items():
-        device = model.get_submodule(name).weight.device
+        weight = model.get_submodule(name).weight
+        device = processes.device if weight.is_meta else weight.device
         layers[name] = reduce_gradient(name, sums.G_OI[name].to(device) / n_calls, start, rank, generator)
     return layers
 
 
+def _version(layer: Any) -> int | None:
+    """Counts the changes of a weight; that of a sharded one also moves."""
+    return None if isinstance(layer.weight, DTensor) else layer.weight._version
+
+
 def _check_reached(
-    model: nn.Module, sums: GradientSums, ranks: Mapping[str, int], before: Mapping[str, int]
+    model: nn.Module, calls: Calls, ranks: Mapping[str, int], before: Mapping[str, int | None]
 ) -> None:
-    if not sums.reached:
+    if not calls.reached:
         raise UserError(
             "train_step: no gradient arrived; call loss.backward() on a loss of this model, for every batch"
         )
-    if sums.n_calls == 0:
+    if calls.n_calls == 0:
         raise UserError(
             "train_step: the loss does not come from a call of the model itself, so the number of batches "
             "is unknown; call model(...), not a part of it"
         )
     for name in ranks:
-        if name not in sums.reached:
+        if name not in calls.reached:
             raise UserError(
                 f"{name}: no gradient reached it; the forward pass of train_step does not use this layer, "
                 "leave it out of target_modules"
             )
-        if model.get_submodule(name).weight._version != before[name]:
+        if _version(model.get_submodule(name)) != before[name]:
             raise UserError(f"{name}: train_step changed its weight; run forward and backward passes only")
 
 
@@ -276,21 +315,18 @@ def _raise_together(trouble: Exception | None) -> None:
             raise UserError(f"process {rank}: {message}")
 
 
-def _sum_over_processes(sums: GradientSums) -> int:
-    calls = torch.tensor(sums.n_calls)
-    if _n_processes() > 1:
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        for tensor in [calls, *sums.unique()]:
-            shared = tensor.to(device)
-            dist.all_reduce(shared)
-            tensor.copy_(shared)
-    return int(calls)
+def _processes() -> Processes:
+    """Those that ``torch.distributed`` runs; the user's program has started them."""
+    if _n_processes() == 1:
+        return Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    return Processes(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
 
 def _weight_samples(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """A few entries of the first, the middle and the last target: enough to tell two models apart."""
     samples = {}
-    for name in {names[0], names[len(names) // 2], names[-1]}:
+    for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
         flat = read_weight(model.get_submodule(name)).flatten()
         samples[name] = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().clone()
     return samples

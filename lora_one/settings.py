@@ -18,6 +18,7 @@ from lora_one.starts import GradientStart
 Scale = Literal["stable", "gd", "gd_scale", "unit", "weightS", "weight_svd"]
 Objective = Literal["gradient", "sign", "adam"]
 Shift = Literal["auto", "weight", "adapter"]
+Estimator = Literal["exact", "sketch"]
 _PEFT_STARTS = ("True", "False", "gaussian", "pissa", "olora", "eva", "corda", "loftq", "orthogonal", "mica")
 PREPROCESS = {"lora_ga": "preprocess_loraga", "lora_one": "preprocess_lora_one"}
 # What PEFT's own get_peft_model refuses: it would start the adapter in its default way without a word.
@@ -38,7 +39,9 @@ class LoraGAConfig(PeftLoraGAConfig):
         norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
         shift: Where ``s·B₀·A₀`` is taken off the base: ``weight``, ``adapter`` (two more frozen
             factors, exact on a quantised base), ``auto``: ``adapter`` where quantised.
-        seed: For ``direction="random"``.
+        seed: For ``direction="random"``, and the random parts of ``sketch``.
+        estimator: ``exact`` sums whole gradients in float32 on the CPU; ``sketch`` finds their leading
+            singular triplets in one pass without forming them.
     """
 
     # Wider types than PEFT's: more directions and scales, and a γ that need not be whole.
@@ -49,6 +52,7 @@ class LoraGAConfig(PeftLoraGAConfig):
     norm_clip: bool = False
     shift: Shift = "auto"
     seed: int = 0
+    estimator: Estimator = "exact"
 
     def __post_init__(self) -> None:
         _check_choices("LoraGAConfig", self, direction=[name for name in DIRECTIONS if name != "LoRA-One"])
@@ -76,6 +80,8 @@ class LoraOneConfig:
             plain gradient step.
         objective: ``gradient``, or ``sign`` for Adam's first step.
         norm_clip: Shrink the factors so that no entry of ``s·B·A`` exceeds the largest of W.
+        seed: For the random parts of ``sketch``.
+        estimator: ``exact`` or ``sketch``, as in ``LoraGAConfig``.
     """
 
     scale: Scale = "stable"
@@ -83,6 +89,8 @@ class LoraOneConfig:
     normalize: Literal["spectral", "none"] = "spectral"
     objective: Objective = "gradient"
     norm_clip: bool = False
+    seed: int = 0
+    estimator: Estimator = "exact"
 
     def __post_init__(self) -> None:
         _check_choices("LoraOneConfig", self, normalize=["spectral", "none"])
@@ -96,6 +104,7 @@ class LoraOneConfig:
             normalize=self.normalize,
             objective=self.objective,
             norm_clip=self.norm_clip,
+            seed=self.seed,
         )
 
 
@@ -165,9 +174,15 @@ def stock_config(config: peft.LoraConfig) -> peft.LoraConfig:
 
 def _check_choices(owner: str, config: Any, **choices: list[str]) -> None:
     choices |= {"scale": [*SCALES, *SCALE_ALIASES], "objective": ["gradient", "sign", "adam"]}
+    choices |= {"estimator": ["exact", "sketch"]}
     for key, valid in choices.items():
         value = getattr(config, key)
         if value not in valid:
             raise UserError(f"{owner}: {key}={value!r}; valid: {', '.join(valid)}")
+    if config.estimator != "exact" and config.objective != "gradient":
+        raise UserError(
+            f"{owner}: objective={config.objective!r} needs every entry of the gradient, which "
+            f'estimator={config.estimator!r} never forms; use estimator="exact"'
+        )
     if not isinstance(config.stable_gamma, (int, float)) or not config.stable_gamma > 0:
         raise UserError(f"{owner}: stable_gamma={config.stable_gamma!r}; it must be a number above 0")

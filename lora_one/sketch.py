@@ -12,6 +12,7 @@ by skinny products too, and anew each time that the number of batches has double
 *Two passes* keep ``G Ω`` alone in the first, with more columns, and in the second find ``Qᵀ G`` exactly.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,10 @@ import torch
 from torch import Tensor
 
 from lora_one.processes import Processes
+from lora_one.triplets import Triplets, check_norm, with_signs
 
+_FEWEST_TRIPLETS = 16
+_FEWEST_TWO_PASS_COLUMNS = 128
 _MERGE_ROUNDS = 2
 # Directions of Q that Ψ does not see carry rounding alone.
 _UNSEEN = 1e-6
@@ -38,6 +42,18 @@ class SketchSize:
     right: int = 32
     left: int = 48
     probes: int = 4
+
+
+def sketch_size(n_triplets: int, *, two_passes: bool) -> SketchSize:
+    """Columns that find ``n_triplets`` triplets well; a second pass affords more, for flat spectra."""
+    if two_passes:
+        return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * n_triplets), left=0)
+    return SketchSize(right=2 * n_triplets, left=3 * n_triplets)
+
+
+def triplets_to_keep(needed: int) -> int:
+    """A power of two that covers what is needed: runs that differ in rank keep, and share, the same."""
+    return max(_FEWEST_TRIPLETS, 2 ** math.ceil(math.log2(needed)))
 
 
 class Factors(NamedTuple):
@@ -67,6 +83,16 @@ class SketchedGradient:
     norm: float
     error: float
     n_positions: int
+
+    def triplets(self, name: str, n_triplets: int, divided_by: float = 1) -> Triplets:
+        """The leading triplets of ``G / divided_by``, under the sign convention.
+
+        Raises:
+            UserError: If the gradient is zero or not finite, naming the target.
+        """
+        norm = check_norm(name, self.norm / divided_by)
+        k = n_triplets
+        return with_signs(self.U_OK[:, :k], self.S_K[:k] / divided_by, self.V_IK[:, :k], norm)
 
 
 class _Sketch:

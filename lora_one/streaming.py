@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lora_one.collect import watch_activations
+from lora_one.collect import Calls, watch_activations
 from lora_one.errors import UserError
 from lora_one.layers import shape_OI
 from lora_one.processes import Processes
@@ -22,6 +22,7 @@ class Sketches(Generic[Sketch]):
     def __init__(self, by_name: dict[str, Sketch]) -> None:
         self.by_name: dict[str, Sketch] = by_name
         self.unique: list[Sketch] = list({id(sketch): sketch for sketch in by_name.values()}.values())
+        self.calls = Calls()
 
     def are_finite(self) -> bool:
         """Whether every number that has been added was finite."""
@@ -72,7 +73,7 @@ def one_pass(
 
     handle = model.register_forward_pre_hook(begin_batch)
     try:
-        with watch_activations(model, targets, _adding(sketches, "add"), dropout=dropout):
+        with watch_activations(model, targets, _adding(sketches, "add"), dropout=dropout) as sketches.calls:
             yield sketches
     finally:
         handle.remove()

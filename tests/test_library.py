@@ -398,20 +398,55 @@ def test_other_configs_go_to_peft_untouched():
     assert type(get_peft_model(build("linear"), config)) is peft.PeftModel
 
 
-def half_of_the_rows(path: str) -> None:
+def half_of_the_rows(path: str, estimator: str) -> None:
     processes = start_processes()
     model, config = build("linear"), config_of("linear", "LoRA-One")
+    config.lora_one_config.estimator = estimator
     row = IDS[processes.rank :: 2]
     preprocess_lora_one(model, config, lambda: model(input_ids=row, labels=row).loss.backward())
     if processes.is_main:
         torch.save(start_of(get_peft_model(model, config)), path)
 
 
-def test_two_processes_share_the_mean(tmp_path):
-    on_two_processes(half_of_the_rows, str(tmp_path / "two.pt"))
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+def test_two_processes_share_the_mean(estimator, tmp_path):
+    on_two_processes(half_of_the_rows, str(tmp_path / "two.pt"), estimator)
     two = torch.load(tmp_path / "two.pt")
     one = start_of(adapted(build("linear"), config_of("linear", "LoRA-One")))
     assert all(relative(two[name], one[name]) < 1e-3 for name in one)
+
+
+def test_the_sketch_is_of_the_mean_over_the_calls():
+    def many(model, estimator):
+        config = LoraConfig(
+            r=4,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights="lora_one",
+            lora_one_config=LoraOneConfig(estimator=estimator, normalize="none"),
+        )
+        preprocess_lora_one(
+            model, config, lambda: [model(input_ids=r[None], labels=r[None]).loss.backward() for r in ROWS]
+        )
+        return start_of(get_peft_model(model, config))
+
+    exact, found = many(build("linear"), "exact"), many(build("linear"), "sketch")
+    # The spectrum of a random model is flat, so the vectors differ; their size must not.
+    assert all(float(found[name].norm() / exact[name].norm()) == pytest.approx(1, abs=0.1) for name in exact)
+
+
+def test_a_sketch_does_not_serve_where_the_exact_gradient_is_asked_for(tmp_path):
+    model, config = build("linear"), config_of("linear", "LoRA-One")
+    preprocess_lora_one(model, config, lambda: backward(model), cache_file=tmp_path / "exact")
+    other = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights="lora_one",
+        lora_one_config=LoraOneConfig(estimator="sketch"),
+    )
+    with pytest.raises(UserError, match="made with estimator=exact, but estimator=sketch is asked for"):
+        preprocess_lora_one(model, other, None, cache_file=tmp_path / "exact")
+    with pytest.raises(UserError, match="objective='sign' needs every entry"):
+        LoraOneConfig(estimator="sketch", objective="sign")
 
 
 def test_float32_factors_are_written_as_they_are(tmp_path):

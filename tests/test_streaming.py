@@ -14,9 +14,10 @@ from lora_one.layers import to_OI
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
 from lora_one.sketch import SketchSize
-from lora_one.streaming import one_pass
+from lora_one.streaming import one_pass, two_passes
 
 RANK = 4
+WIDE = SketchSize(right=64, left=64)
 STREAMING = ["sketch", "sketch_two_pass"]
 
 
@@ -134,12 +135,34 @@ def test_inputs_and_output_gradients_make_the_gradient_of_every_layer_kind(kind)
     )
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tied_head"])
 @pytest.mark.parametrize("estimator", STREAMING)
-def test_on_a_4_bit_base(estimator, tmp_path):
+def test_every_layer_kind(estimator, kind):
+    model = build(kind)
+    names = targets_of(model, kind)
+    with collect_gradients(model, names) as exact:
+        loss_of(model).backward()
+
+    def run_pass(_, after_batch):
+        loss_of(model).backward()
+        after_batch(1)
+
+    if estimator == "sketch":
+        with one_pass(model, names, WIDE, seed=0) as sketches:
+            loss_of(model).backward()
+    else:
+        sketches = two_passes(model, names, WIDE, seed=0, run_pass=run_pass, processes=ALONE)
+    for name, found in sketches.finish(ALONE).items():
+        assert relative((found.U_OK * found.S_K) @ found.V_IK.T, exact.G_OI[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("estimator", STREAMING)
+def test_on_a_quantised_base(estimator, bits, tmp_path):
     from test_layers import quantised
 
-    exact = estimate(quantised("4bit", tmp_path), "exact")
-    found = estimate(quantised("4bit", tmp_path), estimator)
+    exact = estimate(quantised(bits, tmp_path), "exact")
+    found = estimate(quantised(bits, tmp_path), estimator)
     # Random weights: the spectrum is flat, which one pass feels.
     least = 0.85 if estimator == "sketch" else 0.95
     for name, ours in found.layers.items():

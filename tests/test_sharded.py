@@ -1,0 +1,101 @@
+"""Gradients of models that are spread over processes or places: FSDP2, a device map with offloading."""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from conftest import ALONE, on_two_processes, random_examples, small_llama
+from test_layers import build, config_of, loss_of
+from test_library import start_of
+from test_streaming import config, kept, products
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lora_one import get_peft_model, preprocess_loraga
+from lora_one.gradients import estimate_gradient
+from lora_one.models import linear_layers
+from lora_one.processes import start_processes
+
+ESTIMATORS = ["exact", "sketch", "sketch_two_pass"]
+EXAMPLES = random_examples(42)
+
+
+def estimate(model, estimator: str, processes=ALONE, **init):
+    targets = tuple(linear_layers(model))
+    return estimate_gradient(
+        model,
+        targets,
+        EXAMPLES,
+        config(estimator, **init),
+        ranks=dict.fromkeys(targets, 4),
+        pad_id=0,
+        processes=processes,
+    )
+
+
+def sharded_as_rank(path: str, estimator: str, checkpointing: bool) -> None:
+    processes = start_processes()
+    model = small_llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    # Three batches of 14: the second process gets an empty one.
+    found = estimate(model, estimator, processes, bsz=14, iters=3)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if processes.is_main:
+        torch.save((products(found), found.layers, found.loss), path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_fsdp2_on_two_processes_gives_the_exact_gradient_of_one(estimator, checkpointing, tmp_path):
+    on_two_processes(sharded_as_rank, str(tmp_path / "sharded.pt"), estimator, checkpointing)
+    found, layers, loss = torch.load(tmp_path / "sharded.pt", weights_only=False)
+    exact = estimate(small_llama(), "exact", bsz=14, iters=3)
+    assert loss == pytest.approx(exact.loss, rel=1e-5)
+    for name, product in products(exact).items():
+        # The sketches are as wide as these layers.
+        assert (found[name] - product).norm() < (1e-5 if estimator == "exact" else 1e-3) * product.norm()
+        assert kept(layers[name], exact.layers[name]) > 0.999
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_model_dispatched_by_a_device_map_with_an_offloaded_layer(estimator, tmp_path):
+    model = small_llama()
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    found, exact = products(estimate(model, estimator)), products(estimate(small_llama(), "exact"))
+    for name, product in exact.items():
+        assert (found[name] - product).norm() < (1e-5 if estimator == "exact" else 1e-3) * product.norm()
+
+
+def library_as_rank(path: str, cache: str, direction: str, estimator: str) -> None:
+    processes = start_processes()
+    model, config = build("linear"), config_of("linear", direction)
+    (config.lora_one_config or config.lora_ga_config).estimator = estimator
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    preprocess_loraga(model, config, lambda: loss_of(model).backward(), cache_file=cache)
+    adapted = get_peft_model(build("linear"), config)  # before it is sharded itself
+    if processes.is_main:
+        torch.save(start_of(adapted), path)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+@pytest.mark.parametrize("direction", ["LoRA-One", "ArB2r"])
+def test_the_library_prepares_on_a_sharded_model(direction, estimator, tmp_path):
+    path, cache = tmp_path / "start.pt", tmp_path / "gradients.safetensors"
+    on_two_processes(library_as_rank, str(path), str(cache), direction, estimator)
+    model, config = build("linear"), config_of("linear", direction)
+    preprocess_loraga(model, config, lambda: loss_of(model).backward())
+    expected, found = start_of(get_peft_model(model, config)), torch.load(path)
+    for name, start in expected.items():
+        assert (found[name] - start).norm() < 1e-3 * start.norm(), name
+    again = config_of("linear", direction)
+    (again.lora_one_config or again.lora_ga_config).estimator = estimator
+    preprocess_loraga(build("linear"), again, None, cache_file=str(cache))  # whole weights, the same model
