@@ -35,6 +35,7 @@ from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.errors import UserError
+from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
 from lora_one.gradients import GradientEstimate, estimate_gradient
 from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
@@ -78,6 +79,8 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
 
 def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
     """Data first: its faults are found before any weights are read."""
+    if config.cache_dir is not None:
+        make_cache_folder(config.cache_dir)
     with run.stage("data"):
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config, tokenizer)
@@ -121,19 +124,28 @@ def evaluate(
 def estimate_for_init(
     config: ExperimentConfig, loaded: LoadedModel, data: Data, run: Run
 ) -> GradientEstimate | None:
-    """The gradient of the training loss at the pretrained weights, where the init needs it."""
+    """The gradient of the training loss at the pretrained weights, where the init needs it.
+
+    Once for all runs of a sweep that differ in nothing that it depends on.
+    """
     needs_gradient = config.peft.use_peft and config.init.mode == "gradient"
     if not needs_gradient or run.has_init:
         return None
+    examples, ranks = data.gradient.examples, adapter_ranks(loaded.model, loaded.targets, config.peft)
     with run.stage("gradient"):
-        estimate = estimate_gradient(
-            loaded.model,
-            loaded.targets,
-            data.gradient.examples,
-            config,
-            ranks=adapter_ranks(loaded.model, loaded.targets, config.peft),
-            pad_id=data.pad_id,
-            processes=run.processes,
+        estimate = cached_estimate(
+            config.cache_dir,
+            describe_estimate(config, loaded, examples, ranks, run.processes),
+            lambda: estimate_gradient(
+                loaded.model,
+                loaded.targets,
+                examples,
+                config,
+                ranks=ranks,
+                pad_id=data.pad_id,
+                processes=run.processes,
+            ),
+            run.processes,
         )
         run.record.gradient = estimate.summary()
     return estimate

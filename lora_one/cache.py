@@ -1,4 +1,4 @@
-"""What is known of a model's gradients, on disk: singular triplets (or fitted factors) of every layer."""
+"""What is known of a model's gradients, on disk: the library's ``cache_file``, one file for one model."""
 
 import json
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ from lora_one.triplets import Triplets
 
 _FORMAT = "lora-one gradients 3"
 _SAMPLE = "weight_sample"
+# Layer name to the numbers that go with its tensors.
+Numbers = Mapping[str, list[float]]
 
 
 def save_estimates(
@@ -30,25 +32,11 @@ def save_estimates(
     ``start`` is the ``identity`` of what they are made for, ``samples`` a few entries of some weights, to
     know the model by.
     """
-    tensors: dict[str, Tensor] = {f"{name}/{_SAMPLE}": sample for name, sample in samples.items()}
-    numbers: dict[str, list[float]] = {}
-    for name, layer in layers.items():
-        if isinstance(layer, Triplets):
-            parts = {"U_OK": layer.U_OK, "S_K": layer.S_K, "V_IK": layer.V_IK}
-            numbers[name] = [layer.norm]
-        else:
-            parts = {"A_RI": layer.A_RI, "B_OR": layer.B_OR}
-            numbers[name] = [layer.before, layer.after]
-        tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in parts.items()}
+    tensors, numbers = pack_layers(layers)
+    tensors |= {f"{name}/{_SAMPLE}": sample for name, sample in samples.items()}
     metadata = {"format": _FORMAT, "start": json.dumps(start), "numbers": json.dumps(numbers)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    save_whole(path, tensors, metadata)
 
 
 def load_estimates(path: Path, start: dict[str, Any]) -> tuple[dict[str, LayerEstimate], dict[str, Tensor]]:
@@ -76,7 +64,42 @@ def load_estimates(path: Path, start: dict[str, Any]) -> tuple[dict[str, LayerEs
             )
     ending = f"/{_SAMPLE}"
     samples = {key.removesuffix(ending): value for key, value in tensors.items() if key.endswith(ending)}
-    return {name: _layer(name, tensors, values) for name, values in numbers.items()}, samples
+    return unpack_layers(tensors, numbers), samples
+
+
+def pack_layers(layers: Mapping[str, LayerEstimate]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """The estimates as flat tensors and numbers."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, list[float]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Triplets):
+            parts = {"U_OK": layer.U_OK, "S_K": layer.S_K, "V_IK": layer.V_IK}
+            numbers[name] = [layer.norm]
+        else:
+            parts = {"A_RI": layer.A_RI, "B_OR": layer.B_OR}
+            numbers[name] = [layer.before, layer.after]
+        tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in parts.items()}
+    return tensors, numbers
+
+
+def unpack_layers(tensors: Mapping[str, Tensor], numbers: Numbers) -> dict[str, LayerEstimate]:
+    """The estimates again.
+
+    Raises:
+        KeyError: If a tensor is missing.
+    """
+    return {name: _layer(name, tensors, values) for name, values in numbers.items()}
+
+
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], suffix: str = "") -> None:
+    """Writes a safetensors file in one piece; what is being written ends in ``suffix`` and ``.partial``."""
+    partial = path.with_name(f"{path.name}{suffix}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _layer(name: str, tensors: Mapping[str, Any], numbers: list[float]) -> LayerEstimate:

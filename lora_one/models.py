@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lora_one.config import ExperimentConfig, ModelConfig, PeftConfig
+from lora_one.digests import file_digest
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
 from lora_one.layers import is_linear, quantisation, settle, shape_OI, why_unsupported
@@ -35,14 +36,14 @@ class LoadedModel:
         model: The model on the device, frozen parameters and all.
         tokenizer: Its tokenizer, with a padding token.
         source: Local folder, or Hub id.
-        fingerprint: Digest of the weight files (local) or commit (Hub).
+        fingerprint: Digest of the weight files (local) or commit (Hub), None where that is unknown.
         targets: Full names of the layers to adapt; empty for full fine-tuning.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     source: str
-    fingerprint: str
+    fingerprint: str | None
     targets: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def load_model(
     targets = target_names(model, config.peft) if config.peft.use_peft else ()
     if targets:
         check_rank(model, targets, config)
-    return LoadedModel(model, tokenizer, source, _fingerprint(model, source), targets)
+    digests = Path(config.cache_dir) / "digests" if config.cache_dir else None
+    return LoadedModel(model, tokenizer, source, _fingerprint(model, source, digests), targets)
 
 
 def empty_model(config: ModelConfig) -> Any | None:
@@ -280,13 +282,12 @@ def _check_quantised(model: Any, config: ModelConfig) -> None:
             )
 
 
-def _fingerprint(model: Any, source: str) -> str:
+def _fingerprint(model: Any, source: str, digests: Path | None) -> str | None:
     if not Path(source).is_dir():
-        return str(getattr(model.config, "_commit_hash", None))
+        return getattr(model.config, "_commit_hash", None)
     digest = hashlib.sha256()
     for path in sorted(Path(source).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_digest(path, digests)))
     return digest.hexdigest()[:16]
 
 

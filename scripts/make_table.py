@@ -161,8 +161,15 @@ def metric_value(run: Record, metric: str) -> float | None:
 
 
 def init_seconds(run: Record) -> float:
-    """Seconds from the pretrained model to the first training step."""
-    return sum(run["stages"].get(name, {"seconds": 0.0})["seconds"] for name in ("gradient", "init"))
+    """Seconds from the pretrained model to the first training step.
+
+    A gradient that was read from the cache counts with what it took to make.
+    """
+    seconds = {name: run["stages"].get(name, {"seconds": 0.0})["seconds"] for name in ("gradient", "init")}
+    gradient = run.get("gradient") or {}
+    if gradient.get("cache_file"):
+        seconds["gradient"] += gradient["seconds"]
+    return sum(seconds.values())
 
 
 def spread(values: list[float | None], form: str) -> str:
