@@ -195,10 +195,8 @@ def together(rank: int, folder: str, log: str) -> None:
 
 def test_programs_that_start_together_compute_once(tmp_path):
     context = multiprocessing.get_context("spawn")
-    programs = [
-        context.Process(target=together, args=(rank, str(tmp_path), str(tmp_path / "log")))
-        for rank in range(4)
-    ]
+    log = tmp_path / "log"
+    programs = [context.Process(target=together, args=(rank, str(tmp_path), str(log))) for rank in range(4)]
     for program in programs:
         program.start()
     for program in programs:
