@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from lora_one.config import PeftConfig
 from lora_one.errors import UserError
 from lora_one.inits import AdapterInit
-from lora_one.layers import quantisation, read_weight, separate_weight, settle, write_weight
+from lora_one.layers import (
+    quantisation,
+    read_weight,
+    separate_weights,
+    settle,
+    subtract_product,
+    weight_norm,
+)
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -206,6 +213,8 @@ def apply_init(
     """
     before = probe() if probe else None
     layers = lora_layers(model)
+    bases = [layers[PREFIX + name].get_base_layer() for name, init in inits.items() if init.shifts_base]
+    separate_weights(model, [base for base in bases if shift_place(base, shift) == "weight"])
     norms, ratios, drifts = [], [], [0.0]
     places: set[str] = set()
     for name, init in inits.items():
@@ -213,17 +222,23 @@ def apply_init(
         base = layer.get_base_layer()
         layer.lora_A[adapter].weight.copy_(init.A_RI)
         layer.lora_B[adapter].weight.copy_(init.B_OR)
-        W_OI, product_OI = read_weight(base), _product(layer, adapter)
-        norms.append(product_OI.norm().item())
-        ratios.append(norms[-1] / max(W_OI.norm().item(), _TINY))
+        is_dora = adapter in getattr(layer, "lora_magnitude_vector", {})
+        norms.append(_product_norm(layer, adapter))
         if init.shifts_base:
-            if adapter in getattr(layer, "lora_magnitude_vector", {}):
+            if is_dora:
                 check_dora(name, base, shift)
-            places.add(_shift(model, name, layer, W_OI - product_OI, shift, adapter))
-            if shift_place(base, shift) == "weight":
-                drifts.append(_relative(read_weight(base) + product_OI, W_OI))
-        if adapter in getattr(layer, "lora_magnitude_vector", {}):
-            rows_O = torch.linalg.norm(read_weight(base) + product_OI, dim=1)
+            places.add(shift_place(base, shift))
+        if init.shifts_base and shift_place(base, shift) == "weight":
+            A_RI, B_OR = _factors(layer, adapter)
+            norm, drift = subtract_product(base, layer.scaling[adapter] * B_OR, A_RI)
+            drifts.append(drift)
+        else:
+            norm = weight_norm(base)
+        if init.shifts_base and shift_place(base, shift) == "adapter":
+            _subtract_in_adapter(layer, adapter)
+        ratios.append(norms[-1] / max(norm, _TINY))
+        if is_dora:
+            rows_O = torch.linalg.norm(read_weight(base) + _product(layer, adapter), dim=1)
             magnitude = layer.lora_magnitude_vector[adapter].weight
             magnitude.copy_(rows_O.view_as(magnitude))
     after = probe() if probe else None
@@ -276,17 +291,11 @@ def keeps_shift_in_adapter(model: PeftModel) -> bool:
     return any(hasattr(module, _SHIFT[0]) for module in model.modules())
 
 
-def _shift(model: PeftModel, name: str, layer: Any, shifted_OI: Tensor, shift: str, adapter: str) -> str:
+def _subtract_in_adapter(layer: Any, adapter: str) -> None:
     base = layer.get_base_layer()
-    place = shift_place(base, shift)
-    if place == "weight":
-        separate_weight(model, base)
-        write_weight(base, shifted_OI)
-        return place
     for buffer, factor in zip(_SHIFT, (layer.lora_A, layer.lora_B), strict=True):
         base.register_buffer(buffer, factor[adapter].weight.detach().clone(), persistent=False)
     base.register_forward_hook(partial(_subtract, layer.scaling[adapter]))
-    return place
 
 
 def _subtract(scaling: float, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -294,10 +303,20 @@ def _subtract(scaling: float, layer: Any, inputs: tuple[Tensor, ...], output: Te
     return output - (scaling * (inputs[0].to(A_RI.dtype) @ A_RI.T @ B_OR.T)).to(output.dtype)
 
 
-def _product(layer: Any, adapter: str = ADAPTER) -> Tensor:
-    A_RI = layer.lora_A[adapter].weight.float()
-    B_OR = layer.lora_B[adapter].weight.float()
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A and B as stored, in float32."""
+    return layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+
+
+def _product(layer: Any, adapter: str) -> Tensor:
+    A_RI, B_OR = _factors(layer, adapter)
     return layer.scaling[adapter] * (B_OR @ A_RI)
+
+
+def _product_norm(layer: Any, adapter: str) -> float:
+    """``‖s B A‖_F``, from the small inner products."""
+    A_RI, B_OR = _factors(layer, adapter)
+    return layer.scaling[adapter] * ((B_OR.T @ B_OR) * (A_RI @ A_RI.T)).sum().clamp(min=0).sqrt().item()
 
 
 def _relative(actual: Tensor, expected: Tensor | None) -> float:

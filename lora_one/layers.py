@@ -1,5 +1,7 @@
 """The layers that take an adapter, seen alike: ``nn.Linear``, GPT-2's ``Conv1D``, 4-bit and 8-bit linears."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Entries of a weight that are worked on at once.
+_SLICE = 2**22
+_TINY = 1e-30
 _QUANTISED = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
 
 
@@ -89,6 +94,46 @@ def write_weight(layer: Any, W_OI: Tensor) -> None:
         layer.state.CB = layer.state.SCB = None
 
 
+@torch.no_grad()
+def subtract_product(layer: Any, B_OR: Tensor, A_RI: Tensor) -> tuple[float, float]:
+    """Stores ``W - B A`` in the layer's own layout, dtype and quantisation; float32 in between.
+
+    Plain weights go through in slices of rows, so that no second weight is made.
+
+    Returns:
+        ``‖W‖_F``, and ``‖what is stored - (W - B A)‖_F / ‖W‖_F``; of float32 weights a bound of it.
+    """
+    if layer.weight.dtype == torch.float32 and quantisation(layer) is None:
+        norm = weight_norm(layer)
+        to_OI(layer, layer.weight).addmm_(B_OR, A_RI, alpha=-1)
+        return norm, torch.finfo(torch.float32).eps
+    if quantisation(layer) is not None:
+        W_OI = read_weight(layer)
+        norm = torch.linalg.vector_norm(W_OI).item()
+        W_OI.sub_(B_OR @ A_RI)
+        write_weight(layer, W_OI)
+        return norm, torch.linalg.vector_norm(read_weight(layer) - W_OI).item() / max(norm, _TINY)
+    stored_OI, norms = to_OI(layer, layer.weight), []
+    n_rows = max(1, _SLICE // stored_OI.shape[1])
+    for begin in range(0, len(stored_OI), n_rows):
+        slice_OI = stored_OI[begin : begin + n_rows]
+        wanted_OI = slice_OI.float()
+        norms.append(torch.linalg.vector_norm(wanted_OI))
+        wanted_OI.sub_(B_OR[begin : begin + n_rows] @ A_RI)
+        slice_OI.copy_(wanted_OI)
+        norms.append(torch.linalg.vector_norm(slice_OI.float().sub_(wanted_OI)))
+    norm, error = torch.stack(norms).view(-1, 2).norm(dim=0).tolist()
+    return norm, error / max(norm, _TINY)
+
+
+@torch.no_grad()
+def weight_norm(layer: Any) -> float:
+    """``‖W‖_F``, of the dequantised weight where it is quantised."""
+    if quantisation(layer) is not None:
+        return torch.linalg.vector_norm(read_weight(layer)).item()
+    return torch.linalg.vector_norm(layer.weight, dtype=torch.float32).item()
+
+
 def settle(model: nn.Module) -> None:
     """Makes quantised layers fit to be read, moved and differentiated, after whatever passes they saw.
 
@@ -114,11 +159,13 @@ def _settle_layer(layer: Any) -> None:
                 state.absmax = state.absmax.T.reshape(-1).float()
 
 
-def separate_weight(model: nn.Module, layer: Any) -> None:
-    """Gives ``layer`` a weight of its own where it shares one with another layer (tied embeddings)."""
-    weight = layer.weight
-    sharers = sum(
-        parameter is weight for module in model.modules() for parameter in module.parameters(recurse=False)
+def separate_weights(model: nn.Module, layers: Sequence[Any]) -> None:
+    """Gives each of ``layers`` a weight of its own where it shares one with another (tied embeddings)."""
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
     )
-    if sharers > 1:
-        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for layer in layers:
+        weight = layer.weight
+        if owners[id(weight)] > 1:
+            owners[id(weight)] -= 1
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

@@ -7,7 +7,7 @@ is formed, and no weight takes a gradient.
 *One pass* keeps both sums: ``G ≈ Q (Ψᵀ Q)⁺ (Ψᵀ G)`` with Q an orthonormal basis of ``G Ω`` (generalised
 Nyström, arXiv 2009.11392). Random ``Ω`` and ``Ψ`` lose several per cent of the energy, so they are the
 leading singular vectors of what has been seen: first of the first batch, whose own gradient is decomposed
-by skinny products too, and anew each time that the number of batches has doubled.
+by skinny products too, and anew after 2, 8, 16, 32, ... batches.
 
 *Two passes* keep ``G Ω`` alone in the first, with more columns, and in the second find ``Qᵀ G`` exactly.
 """
@@ -40,7 +40,7 @@ class SketchSize:
     """
 
     right: int = 32
-    left: int = 48
+    left: int = 40
     probes: int = 4
 
 
@@ -48,7 +48,7 @@ def sketch_size(n_triplets: int, *, two_passes: bool) -> SketchSize:
     """Columns that find ``n_triplets`` triplets well; a second pass affords more, for flat spectra."""
     if two_passes:
         return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * n_triplets), left=0)
-    return SketchSize(right=2 * n_triplets, left=3 * n_triplets)
+    return SketchSize(right=2 * n_triplets, left=5 * n_triplets // 2)
 
 
 def triplets_to_keep(needed: int) -> int:
@@ -189,10 +189,14 @@ class OnePassSketch(_Sketch):
             return
         U_OK, S_K, V_IK = self.factors()
         fill_OE = torch.randn(len(U_OK), self._l - self.k, generator=self._generator).to(U_OK)
-        psi_OL = _orthonormal(torch.cat([U_OK, fill_OE], dim=1)).contiguous()
+        fill_OE = (fill_OE - U_OK @ (U_OK.T @ fill_OE)) / len(
+            U_OK
+        ) ** 0.5  # about orthonormal, which is enough
+        psi_OL = torch.cat([U_OK, fill_OE], dim=1)
         self._aim(V_IK)
-        self._Y_OC[:, : self.k] = U_OK * S_K
-        self._Z_LI = ((psi_OL.T @ U_OK) * S_K) @ V_IK.T
+        torch.mul(U_OK, S_K, out=self._Y_OC[:, : self.k])
+        # Ψᵀ U is the identity above zeros.
+        self._Z_LI = torch.cat([(V_IK * S_K).T, V_IK.new_zeros(self._l - self.k, len(V_IK))])
         self._psi_OL = psi_OL
 
     def factors(self) -> Factors:
@@ -200,9 +204,9 @@ class OnePassSketch(_Sketch):
         if self._first is not None:
             return self._first
         assert self._Y_OC is not None and self._Z_LI is not None and self._psi_OL is not None
-        Q_OK = _orthonormal(self._Y_OC[:, : self.k].double())
-        seen_KL = torch.linalg.pinv(self._psi_OL.double().T @ Q_OK, rtol=_UNSEEN)
-        return _factors(Q_OK, seen_KL @ self._Z_LI.double())
+        Q_OK = _orthonormal(self._Y_OC[:, : self.k])
+        seen_KL = torch.linalg.pinv((self._psi_OL.T @ Q_OK).double(), rtol=_UNSEEN).float()
+        return _factors(Q_OK, seen_KL @ self._Z_LI)
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
@@ -245,7 +249,7 @@ class TwoPassSketch(_Sketch):
         """Fixes Q, on all processes."""
         assert self._Y_OC is not None
         sum_OK = processes.sum_(self._Y_OC[:, : self.k].contiguous())
-        self._Q_OK = _orthonormal(sum_OK.double()).float()
+        self._Q_OK = _orthonormal(sum_OK)
         processes.from_main_(self._Q_OK)
         self._omega_IC = None  # its place is needed now
         self._B_KI = self._Q_OK.new_zeros(self.k, self.shape_OI[1])
@@ -263,14 +267,14 @@ class TwoPassSketch(_Sketch):
         """The leading singular triplets of the sum over all processes; to be called on all of them."""
         assert self._Q_OK is not None and self._B_KI is not None
         B_KI = processes.sum_(self._B_KI)
-        return self._describe(_factors(self._Q_OK.double(), B_KI.double()), processes)
+        return self._describe(_factors(self._Q_OK, B_KI), processes)
 
 
 def leading_factors(delta_NO: Tensor, x_NI: Tensor, noise_IK: Tensor) -> Factors:
     """Leading singular triplets of ``δᵀ x``, by skinny products alone; as many as the noise has columns."""
     Y_OK = delta_NO.T @ (x_NI @ noise_IK)
-    Y_OK = delta_NO.T @ (x_NI @ _orthonormal(x_NI.T @ (delta_NO @ _orthonormal(Y_OK))))
-    Q_OK = _orthonormal(Y_OK)
+    V_IK = _orthonormal(x_NI.T @ (delta_NO @ Y_OK))  # one power iteration: a flat tail would blur the rest
+    Q_OK = _orthonormal(delta_NO.T @ (x_NI @ V_IK))
     return _factors(Q_OK, (delta_NO @ Q_OK).T @ x_NI)
 
 
@@ -286,14 +290,14 @@ def merge_factors(mine: Factors, processes: Processes) -> Factors:
         processes.from_main_(Q_OK)  # not every machine rounds alike
         B_KI = processes.sum_(((Q_OK.T @ U_OK) * S_K) @ V_IK.T)
         start_IK = _orthonormal(B_KI.T)
-    return _factors(Q_OK.double(), B_KI.double())
+    return _factors(Q_OK, B_KI)
 
 
 def _factors(Q_OK: Tensor, B_KI: Tensor) -> Factors:
     """The singular triplets of ``Q B``; the long side of B goes through a QR, which is cheaper."""
     right_IK, R_KK = torch.linalg.qr(B_KI.T)
-    inner_KK, S_K, Vt_KK = torch.linalg.svd(R_KK.T)
-    return Factors((Q_OK @ inner_KK).float(), S_K.float(), (right_IK @ Vt_KK.T).float())
+    inner_KK, S_K, Vt_KK = (part.float() for part in torch.linalg.svd(R_KK.T.double()))
+    return Factors(Q_OK @ inner_KK, S_K, right_IK @ Vt_KK.T)
 
 
 def _orthonormal(M: Tensor) -> Tensor:

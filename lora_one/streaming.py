@@ -62,11 +62,12 @@ def one_pass(
         UserError: If a target shares its weight with a layer that is none.
     """
     sketches = Sketches(_new_sketches(model, targets, size, seed, OnePassSketch))
-    n_calls = 0
+    # Decomposing costs about as much as a batch's sketches: rarely at first, as there are few batches.
+    n_calls, aims = 0, {1, 2, *(2**power for power in range(3, 60))}
 
     def begin_batch(*_: Any) -> None:
         nonlocal n_calls
-        if n_calls & (n_calls - 1) == 0:  # 1, 2, 4, 8, ... batches are behind us
+        if n_calls in aims:
             for sketch in sketches.unique:
                 sketch.aim()
         n_calls += torch.is_grad_enabled()

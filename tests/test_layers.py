@@ -22,7 +22,7 @@ from transformers import (
 from lora_one import LoraConfig, LoraGAConfig, LoraOneConfig, get_peft_model, preprocess_loraga
 from lora_one.collect import collect_gradients
 from lora_one.errors import UserError
-from lora_one.layers import quantisation, read_weight, separate_weight, settle, shape_OI, to_OI, write_weight
+from lora_one.layers import quantisation, read_weight, separate_weights, settle, shape_OI, to_OI, write_weight
 
 RANK = 4
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(5))
@@ -166,7 +166,7 @@ def test_start_keeps_the_function_or_is_one_gradient_step(kind, direction):
     with torch.no_grad():
         for name, gradient in zip(targets_of(pretrained, kind), gradients, strict=True):
             layer = pretrained.get_submodule(name)
-            separate_weight(pretrained, layer)  # the adapters of layers that share a weight stay apart
+            separate_weights(pretrained, [layer])  # the adapters of layers that share a weight stay apart
             U, S, Vt = np.linalg.svd(to_OI(layer, gradient).double().numpy(), full_matrices=False)
             step = scaling / (16 * S[0]) * (U[:, :RANK] * S[:RANK]) @ Vt[:RANK]
             write_weight(layer, (read_weight(layer).double() - torch.tensor(step)).float())
