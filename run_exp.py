@@ -286,6 +286,11 @@ def start(composed: DictConfig) -> None:
     if not config.peft.use_peft:
         processes.say("peft=full_ft: all weights are trained, init is ignored")
     training.device_batch_size(config.model, processes.world_size)
+    if config.model.device_map is not None and processes.world_size > 1:
+        raise UserError(
+            f"model.device_map={config.model.device_map}: spreads the model over all GPUs of one process; "
+            "start without accelerate launch"
+        )
     if "model.prec_reg" in named_keys(overrides):
         processes.say("note: model.prec_reg has no effect with AdamW")
     if config.dry_run:

@@ -86,6 +86,9 @@ class ModelConfig(Section):
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
     bf16: bool = False
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes; 4bit is NF4")
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None, description="spread the layers over the GPUs of one process, for models larger than one"
+    )
     max_length: int = Field(1024, ge=2)
     loss_reduction: Literal["sample", "token"] = "sample"
     learning_rate: float = Field(2e-4, ge=0)
@@ -268,7 +271,7 @@ class ExperimentConfig(Section):
 _OUTPUT_KEYS: dict[str, set[str]] = {
     "": {"dry_run", "results_dir", "cache_dir", "wandb", "eval"},
     "dataset": {"rows"},
-    "model": {"shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg"},
+    "model": {"shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg", "device_map"},
 }
 
 

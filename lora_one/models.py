@@ -109,10 +109,10 @@ def load_model(
     # Weights that are trained stay in float32: most updates are smaller than bfloat16 can hold.
     low_precision = config.model.bf16 and config.peft.use_peft
     model = read_weights(config.model, source, torch.bfloat16 if low_precision else torch.float32)
-    if config.model.quantization is None:
-        model = model.to(device)
-    else:
+    if config.model.quantization is not None:
         _check_quantised(model, config.model)
+    elif config.model.device_map is None:
+        model = model.to(device)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -227,7 +227,7 @@ def check_bf16(config: ModelConfig, device: torch.device) -> None:
 
 
 def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
-    """The pretrained model in ``dtype``, on the CPU.
+    """The pretrained model in ``dtype``, on the CPU, or where ``model.device_map`` says.
 
     Raises:
         UserError: If it cannot be read or has no weights.
@@ -243,6 +243,7 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            device_map=config.device_map,
             **_quantised(config, dtype),
         )
     except UserError:

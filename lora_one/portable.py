@@ -113,7 +113,9 @@ def merge_adapter(loaded: LoadedModel, config: ModelConfig, adapter: Path, folde
         adapter: A portable adapter folder.
         folder: Created whole or not at all.
     """
-    base = read_weights(config.model_copy(update={"quantization": None}), loaded.source, torch.float32)
+    base = read_weights(
+        config.model_copy(update={"quantization": None, "device_map": None}), loaded.source, torch.float32
+    )
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     save_model(merged.to(torch.bfloat16) if config.bf16 else merged, loaded.tokenizer, folder)
 

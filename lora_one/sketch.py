@@ -27,6 +27,7 @@ _FEWEST_TWO_PASS_COLUMNS = 128
 _MERGE_ROUNDS = 2
 # Directions of Q that Ψ does not see carry rounding alone.
 _UNSEEN = 1e-6
+_NEARLY_SINGULAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ class SketchedGradient:
 
 
 class _Sketch:
-    """What one pass and two have in common: ``G Ω`` with Ω chosen after the first batch, and the probes."""
+    """What one pass and two have in common: ``G Ω`` with Ω chosen after the first batch, and the probes.
+
+    Sketches and directions lie as rows, ``(G Ω)ᵀ`` and ``Ωᵀ``: products of that shape are twice as fast.
+    """
 
     def __init__(self, shape_OI: tuple[int, int], size: SketchSize, generator: torch.Generator) -> None:
         self.shape_OI = shape_OI
@@ -105,61 +109,61 @@ class _Sketch:
         self.n_positions = 0
         self.is_finite = True
         self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        self._probes_IP = torch.randn(shape_OI[1], size.probes, generator=self._generator)
+        self._probes_PI = torch.randn(size.probes, shape_OI[1], generator=self._generator)
         self._first: Factors | None = None  # of the first batch, until Ω is chosen
-        self._omega_IC: Tensor | None = None  # Ω, then the probes
-        self._Y_OC: Tensor | None = None  # G Ω, then G times the probes
+        self._omega_CI: Tensor | None = None  # Ω, then the probes
+        self._Y_CO: Tensor | None = None  # G Ω, then G times the probes
 
     def add(self, x_NI: Tensor, delta_NO: Tensor) -> None:
         """Adds inputs and output gradients of some positions, float32."""
         self.n_positions += len(x_NI)
-        if self._Y_OC is None:
-            self._Y_OC = x_NI.new_zeros(self.shape_OI[0], self.k + self.n_probes)
-            self._probes_IP = self._probes_IP.to(x_NI.device)
-        if self._omega_IC is None:
-            self._add_first(x_NI, delta_NO, self._Y_OC)
+        if self._Y_CO is None:
+            self._Y_CO = x_NI.new_zeros(self.k + self.n_probes, self.shape_OI[0])
+            self._probes_PI = self._probes_PI.to(x_NI.device)
+        if self._omega_CI is None:
+            self._add_first(x_NI, delta_NO, self._Y_CO)
         else:
-            self._add_next(x_NI, delta_NO, self._Y_OC, self._omega_IC)
+            self._add_next(x_NI, delta_NO, self._Y_CO, self._omega_CI)
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
-        return [tensor for tensor in (self._Y_OC,) if tensor is not None]
+        return [tensor for tensor in (self._Y_CO,) if tensor is not None]
 
-    def _add_first(self, x_NI: Tensor, delta_NO: Tensor, Y_OC: Tensor) -> None:
+    def _add_first(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor) -> None:
         if not torch.isfinite(x_NI.sum() + delta_NO.sum()):
             self.is_finite = False  # a decomposition would fail on it
             return
-        Y_OC[:, self.k :].addmm_(delta_NO.T, x_NI @ self._probes_IP)
+        Y_CO[self.k :].addmm_(self._probes_PI @ x_NI.T, delta_NO)
         if self._first is not None:  # a layer that is called twice in one batch
             U_OK, S_K, V_IK = self._first
             x_NI, delta_NO = torch.cat([x_NI, V_IK.T]), torch.cat([delta_NO, (U_OK * S_K).T])
-        noise_IK = torch.randn(x_NI.shape[1], self.k, generator=self._generator).to(x_NI)
-        self._first = leading_factors(delta_NO, x_NI, noise_IK)
+        noise_KO = torch.randn(self.k, delta_NO.shape[1], generator=self._generator).to(x_NI)
+        self._first = leading_factors(delta_NO, x_NI, noise_KO)
 
-    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_OC: Tensor, omega_IC: Tensor) -> None:
-        Y_OC.addmm_(delta_NO.T, x_NI @ omega_IC)
+    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
+        Y_CO.addmm_(omega_CI @ x_NI.T, delta_NO)
 
     def _aim(self, V_IK: Tensor) -> None:
-        self._omega_IC = torch.cat([V_IK, self._probes_IP], dim=1)
+        self._omega_CI = torch.cat([V_IK.T, self._probes_PI])
         self._first = None
 
     def _take_over(self, device: torch.device) -> None:
         """A layer that this process has not seen contributes nothing."""
         n_out, n_in = self.shape_OI
-        if self._Y_OC is None:
-            self._Y_OC = torch.zeros(n_out, self.k + self.n_probes, device=device)
-            self._probes_IP = self._probes_IP.to(device)
-        if self._first is None and self._omega_IC is None:
+        if self._Y_CO is None:
+            self._Y_CO = torch.zeros(self.k + self.n_probes, n_out, device=device)
+            self._probes_PI = self._probes_PI.to(device)
+        if self._first is None and self._omega_CI is None:
             U_OK, V_IK = (torch.eye(n, self.k, device=device) for n in (n_out, n_in))
             self._first = Factors(U_OK, torch.zeros(self.k, device=device), V_IK)
 
     def _describe(self, found: Factors, processes: Processes) -> SketchedGradient:
         """Measures on the probes what the factors leave out."""
-        assert self._Y_OC is not None
+        assert self._Y_CO is not None
         U_OK, S_K, V_IK = found
-        probed_OP = processes.sum_(self._Y_OC[:, self.k :].contiguous())
-        rest_OP = probed_OP - (U_OK * S_K) @ (V_IK.T @ self._probes_IP)
-        rest = float(rest_OP.double().square().sum()) / max(1, self.n_probes)
+        probed_PO = processes.sum_(self._Y_CO[-self.n_probes :].clone())
+        rest_PO = probed_PO - (self._probes_PI @ V_IK * S_K) @ U_OK.T
+        rest = float(rest_PO.double().square().sum()) / max(1, self.n_probes)
         norm = (float(S_K.double().square().sum()) + rest) ** 0.5
         n_positions = int(processes.sum_(torch.tensor(self.n_positions)))
         error = rest**0.5 / norm if norm > 0 else 0.0
@@ -180,32 +184,30 @@ class OnePassSketch(_Sketch):
     def __init__(self, shape_OI: tuple[int, int], size: SketchSize, generator: torch.Generator) -> None:
         super().__init__(shape_OI, size, generator)
         self._l = min(max(size.left, self.k), *shape_OI)
-        self._psi_OL: Tensor | None = None
+        self._psi_LO: Tensor | None = None
         self._Z_LI: Tensor | None = None
 
     def aim(self) -> None:
         """Turns Ω and Ψ to the leading singular vectors of what has been seen; keeps that as its factors."""
-        if self._Y_OC is None or not self.is_finite:
+        if self._Y_CO is None or not self.is_finite:
             return
         U_OK, S_K, V_IK = self.factors()
-        fill_OE = torch.randn(len(U_OK), self._l - self.k, generator=self._generator).to(U_OK)
-        fill_OE = (fill_OE - U_OK @ (U_OK.T @ fill_OE)) / len(
-            U_OK
-        ) ** 0.5  # about orthonormal, which is enough
-        psi_OL = torch.cat([U_OK, fill_OE], dim=1)
+        fill_EO = torch.randn(self._l - self.k, len(U_OK), generator=self._generator).to(U_OK)
+        # Apart from U, and about orthonormal, which is enough.
+        fill_EO = (fill_EO - fill_EO @ U_OK @ U_OK.T) / len(U_OK) ** 0.5
+        self._psi_LO = torch.cat([U_OK.T, fill_EO])
         self._aim(V_IK)
-        torch.mul(U_OK, S_K, out=self._Y_OC[:, : self.k])
+        self._Y_CO[: self.k] = (U_OK * S_K).T
         # Ψᵀ U is the identity above zeros.
         self._Z_LI = torch.cat([(V_IK * S_K).T, V_IK.new_zeros(self._l - self.k, len(V_IK))])
-        self._psi_OL = psi_OL
 
     def factors(self) -> Factors:
         """The leading singular triplets of what has been seen."""
         if self._first is not None:
             return self._first
-        assert self._Y_OC is not None and self._Z_LI is not None and self._psi_OL is not None
-        Q_OK = _orthonormal(self._Y_OC[:, : self.k])
-        seen_KL = torch.linalg.pinv((self._psi_OL.T @ Q_OK).double(), rtol=_UNSEEN).float()
+        assert self._Y_CO is not None and self._Z_LI is not None and self._psi_LO is not None
+        Q_OK = _orthonormal(self._Y_CO[: self.k].T)
+        seen_KL = torch.linalg.pinv((self._psi_LO @ Q_OK).double(), rtol=_UNSEEN).float()
         return _factors(Q_OK, seen_KL @ self._Z_LI)
 
     def sums(self) -> list[Tensor]:
@@ -217,10 +219,10 @@ class OnePassSketch(_Sketch):
         self._take_over(processes.device)
         return self._describe(merge_factors(self.factors(), processes), processes)
 
-    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_OC: Tensor, omega_IC: Tensor) -> None:
-        super()._add_next(x_NI, delta_NO, Y_OC, omega_IC)
-        assert self._psi_OL is not None and self._Z_LI is not None
-        self._Z_LI.addmm_((delta_NO @ self._psi_OL).T, x_NI)
+    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
+        super()._add_next(x_NI, delta_NO, Y_CO, omega_CI)
+        assert self._psi_LO is not None and self._Z_LI is not None
+        self._Z_LI.addmm_(self._psi_LO @ delta_NO.T, x_NI)
 
 
 class TwoPassSketch(_Sketch):
@@ -232,32 +234,32 @@ class TwoPassSketch(_Sketch):
         generator: Source of the random parts, on the CPU.
     """
 
-    _Q_OK: Tensor | None = None
+    _Qt_KO: Tensor | None = None
     _B_KI: Tensor | None = None
 
     def aim(self, processes: Processes) -> None:
         """Turns Ω to what the main process's first batch was made of; to be called on all after the first."""
         self._take_over(processes.device)
-        assert self._first is not None and self._Y_OC is not None
+        assert self._first is not None and self._Y_CO is not None
         U_OK, S_K, V_IK = self._first
-        common_IK = V_IK.clone()
+        common_IK = V_IK.contiguous().clone()
         processes.from_main_(common_IK)
-        self._Y_OC[:, : self.k] = (U_OK * S_K) @ (V_IK.T @ common_IK)
+        self._Y_CO[: self.k] = (common_IK.T @ V_IK * S_K) @ U_OK.T
         self._aim(common_IK)
 
     def end_first_pass(self, processes: Processes) -> None:
         """Fixes Q, on all processes."""
-        assert self._Y_OC is not None
-        sum_OK = processes.sum_(self._Y_OC[:, : self.k].contiguous())
-        self._Q_OK = _orthonormal(sum_OK)
-        processes.from_main_(self._Q_OK)
-        self._omega_IC = None  # its place is needed now
-        self._B_KI = self._Q_OK.new_zeros(self.k, self.shape_OI[1])
+        assert self._Y_CO is not None
+        sum_KO = processes.sum_(self._Y_CO[: self.k].clone())
+        self._Qt_KO = _orthonormal(sum_KO.T).T.contiguous()
+        processes.from_main_(self._Qt_KO)
+        self._Y_CO, self._omega_CI = self._Y_CO[self.k :].clone(), None  # their place is needed now
+        self._B_KI = self._Qt_KO.new_zeros(self.k, self.shape_OI[1])
 
     def project(self, x_NI: Tensor, delta_NO: Tensor) -> None:
         """Adds inputs and output gradients of some positions in the second pass."""
-        assert self._Q_OK is not None and self._B_KI is not None
-        self._B_KI.addmm_((delta_NO @ self._Q_OK).T, x_NI)
+        assert self._Qt_KO is not None and self._B_KI is not None
+        self._B_KI.addmm_(self._Qt_KO @ delta_NO.T, x_NI)
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
@@ -265,17 +267,16 @@ class TwoPassSketch(_Sketch):
 
     def finish(self, processes: Processes) -> SketchedGradient:
         """The leading singular triplets of the sum over all processes; to be called on all of them."""
-        assert self._Q_OK is not None and self._B_KI is not None
+        assert self._Qt_KO is not None and self._B_KI is not None
         B_KI = processes.sum_(self._B_KI)
-        return self._describe(_factors(self._Q_OK, B_KI), processes)
+        return self._describe(_factors(self._Qt_KO.T, B_KI), processes)
 
 
-def leading_factors(delta_NO: Tensor, x_NI: Tensor, noise_IK: Tensor) -> Factors:
-    """Leading singular triplets of ``δᵀ x``, by skinny products alone; as many as the noise has columns."""
-    Y_OK = delta_NO.T @ (x_NI @ noise_IK)
-    V_IK = _orthonormal(x_NI.T @ (delta_NO @ Y_OK))  # one power iteration: a flat tail would blur the rest
-    Q_OK = _orthonormal(delta_NO.T @ (x_NI @ V_IK))
-    return _factors(Q_OK, (delta_NO @ Q_OK).T @ x_NI)
+def leading_factors(delta_NO: Tensor, x_NI: Tensor, noise_KO: Tensor) -> Factors:
+    """Leading singular triplets of ``δᵀ x``, by skinny products alone; as many as the noise has rows."""
+    aimed_KI = (noise_KO @ delta_NO.T) @ x_NI  # so that a flat tail blurs the rest less
+    Q_OK = _orthonormal((aimed_KI @ x_NI.T @ delta_NO).T)
+    return _factors(Q_OK, (Q_OK.T @ delta_NO.T) @ x_NI)
 
 
 def merge_factors(mine: Factors, processes: Processes) -> Factors:
@@ -286,7 +287,7 @@ def merge_factors(mine: Factors, processes: Processes) -> Factors:
     start_IK = V_IK.contiguous().clone()
     processes.from_main_(start_IK)
     for _ in range(_MERGE_ROUNDS):
-        Q_OK = _orthonormal(processes.sum_((U_OK * S_K) @ (V_IK.T @ start_IK)))
+        Q_OK = _orthonormal(processes.sum_((U_OK * S_K) @ (V_IK.T @ start_IK))).contiguous()
         processes.from_main_(Q_OK)  # not every machine rounds alike
         B_KI = processes.sum_(((Q_OK.T @ U_OK) * S_K) @ V_IK.T)
         start_IK = _orthonormal(B_KI.T)
@@ -295,10 +296,26 @@ def merge_factors(mine: Factors, processes: Processes) -> Factors:
 
 def _factors(Q_OK: Tensor, B_KI: Tensor) -> Factors:
     """The singular triplets of ``Q B``; the long side of B goes through a QR, which is cheaper."""
-    right_IK, R_KK = torch.linalg.qr(B_KI.T)
-    inner_KK, S_K, Vt_KK = (part.float() for part in torch.linalg.svd(R_KK.T.double()))
+    right_IK, R_KK = _qr(B_KI.T)
+    inner_KK, S_K, Vt_KK = (part.float() for part in torch.linalg.svd(R_KK.T))
     return Factors(Q_OK @ inner_KK, S_K, right_IK @ Vt_KK.T)
 
 
 def _orthonormal(M: Tensor) -> Tensor:
-    return torch.linalg.qr(M)[0].contiguous()
+    return _qr(M)[0]
+
+
+def _qr(M: Tensor) -> tuple[Tensor, Tensor]:
+    """``M = Q R`` of a float32 matrix with few columns; R in float64.
+
+    By the Cholesky factor of ``MᵀM`` in float64, several times faster than Householder's way and as exact as
+    long as M is not close to singular; by Householder's way otherwise.
+    """
+    wide = M.double()
+    L, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+    diagonal = L.diagonal()
+    if bool((failed == 0) & (diagonal.min() > _NEARLY_SINGULAR * diagonal.max())):
+        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False).T
+        return M @ inverse.float(), L.T
+    Q, R = torch.linalg.qr(wide)
+    return Q.float(), R

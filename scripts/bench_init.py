@@ -279,18 +279,25 @@ def measure(case: Case, methods: Sequence[str], rounds: int) -> dict[str, Measur
     return found
 
 
-def worst_energy(case: Case, triplets: dict[str, Triplets], k: int) -> tuple[float, float]:
-    """Worst and mean over the layers of the energy between k triplets, against the best k."""
-    model = copy.deepcopy(case.model)
-    with collect_gradients(model, case.targets) as sums:
-        case.passes(model)
-    shares = []
-    for name, found in triplets.items():
-        G_OI = sums.G_OI[name].double()
-        best = torch.linalg.svdvals(G_OI)[:k].square().sum()
-        inner_KK = found.U_OK[:, :k].double().T @ G_OI @ found.V_IK[:, :k].double()
-        shares.append(float(inner_KK.square().sum() / best))
-    return min(shares), sum(shares) / len(shares)
+class Energies:
+    """How much of the gradient's energy lies between k triplets, against the best k."""
+
+    def __init__(self, case: Case) -> None:
+        model = copy.deepcopy(case.model)
+        with collect_gradients(model, case.targets) as sums:
+            case.passes(model)
+        self.G_OI = sums.G_OI
+        self.squares_K = {name: torch.linalg.svdvals(G_OI).square() for name, G_OI in self.G_OI.items()}
+
+    def shares(self, triplets: dict[str, Triplets], k: int) -> dict[str, float]:
+        """Per target."""
+        return {
+            name: float(
+                (found.U_OK[:, :k].T @ self.G_OI[name] @ found.V_IK[:, :k]).square().sum()
+                / self.squares_K[name][:k].sum()
+            )
+            for name, found in triplets.items()
+        }
 
 
 # ---- what is shown
@@ -325,10 +332,10 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
-def report(case: Case, found: dict[str, Measured], with_energy: bool = True) -> str:
+def report(case: Case, found: dict[str, Measured], energies: Energies | None) -> str:
     """One row a method."""
     header = ["method", "s", "× floor", "extra MB", "× fp32 gradients", "× formula"]
-    rows = [[*header, *(["energy r", "energy 2r", "mean 2r"] if with_energy else [])]]
+    rows = [[*header, *(["energy r", "energy 2r", "mean 2r"] if energies else [])]]
     floor = found["floor"]
     for method, measured in found.items():
         extra = measured.peak_bytes - floor.peak_bytes
@@ -340,11 +347,22 @@ def report(case: Case, found: dict[str, Measured], with_energy: bool = True) -> 
             f"{extra / gradient_bytes(case):.3f}",
             f"{extra / formula_bytes(case):.2f}",
         ]
-        if with_energy and measured.triplets:
-            at_r = worst_energy(case, measured.triplets, case.rank)
-            at_2r = worst_energy(case, measured.triplets, 2 * case.rank)
-            row += [f"{at_r[0]:.4f}", f"{at_2r[0]:.4f}", f"{at_2r[1]:.4f}"]
+        if energies and measured.triplets:
+            at_r, at_2r = (list(energies.shares(measured.triplets, n * case.rank).values()) for n in (1, 2))
+            row += [f"{min(at_r):.4f}", f"{min(at_2r):.4f}", f"{statistics.mean(at_2r):.4f}"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return table(rows)
+
+
+def by_kind(case: Case, found: dict[str, Measured], energies: Energies) -> str:
+    """Energy at rank 2r in the worst layer of each kind."""
+    methods = [name for name in found if name in OURS]
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in case.targets))
+    rows = [["energy 2r, worst layer", *methods]]
+    shares = {name: energies.shares(found[name].triplets, 2 * case.rank) for name in methods}
+    for kind in kinds:
+        worst = (min(v for n, v in shares[name].items() if n.endswith(kind)) for name in methods)
+        rows.append([kind, *(f"{value:.4f}" for value in worst)])
     return table(rows)
 
 
@@ -362,11 +380,11 @@ def ratios(found: dict[str, Measured]) -> str:
 # ---- the cases
 
 
-def random_model(hidden: int, layers: int) -> Any:
-    """A Llama of random weights, with the proportions and the vocabulary of Llama-2."""
+def random_model(hidden: int, layers: int, vocabulary: int = 32000) -> Any:
+    """A Llama of random weights, with the proportions of Llama-2, and its vocabulary if no other is given."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32000,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=hidden * 43 // 16,
         num_hidden_layers=layers,
@@ -385,7 +403,7 @@ def make_case(arguments: argparse.Namespace, **changes: int) -> Case:
     if arguments.model:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     else:
-        model = random_model(sizes["hidden"], sizes["layers"])
+        model = random_model(sizes["hidden"], sizes["layers"], arguments.vocabulary)
     model = model.eval().to(device=device, dtype=getattr(torch, arguments.dtype))
     model.config.use_cache = False
     targets = tuple(linear_layers(model))
@@ -450,6 +468,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=32000, help="Llama-2's")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--bsz", type=int, default=8, help="examples a batch")
     parser.add_argument("--tokens", type=int, default=32, help="tokens an example")
@@ -471,11 +490,15 @@ def main() -> None:
         if case.device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
-    shape = f"hidden {case.model.config.hidden_size}, {case.model.config.num_hidden_layers} layers"
+    settings = case.model.config
+    shape = f"hidden {settings.hidden_size}, {settings.num_hidden_layers} layers, {settings.vocab_size} words"
     sample = f"{arguments.batches} batches of {arguments.bsz} x {arguments.tokens} tokens"
     print(f"{shape}, {len(case.targets)} targets, r = {case.rank}, {sample}, {arguments.dtype}, {where}\n")
     found = measure(case, ("floor", *arguments.methods), arguments.rounds)
-    print(report(case, found, not arguments.no_energy))
+    energies = None if arguments.no_energy else Energies(case)
+    print(report(case, found, energies))
+    if energies:
+        print("\n" + by_kind(case, found, energies))
     if "sketch" in found:
         print("\n" + ratios(found))
     if arguments.grow:

@@ -5,7 +5,7 @@ import torch
 from conftest import ALONE, on_two_processes
 
 from lora_one.processes import start_processes
-from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, leading_factors, merge_factors
+from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, _qr, leading_factors, merge_factors
 
 SIZE = SketchSize(right=12, left=24, probes=4)
 
@@ -118,12 +118,12 @@ def test_a_layer_called_twice_in_the_first_batch_counts_twice():
 
 def test_leading_factors_are_those_of_the_product():
     x, delta = batches(1, 50, 70)[0]
-    U, S, V = leading_factors(delta, x, torch.randn(70, 10, generator=torch.Generator().manual_seed(0)))
+    U, S, V = leading_factors(delta, x, torch.randn(10, 50, generator=torch.Generator().manual_seed(0)))
     reference = torch.linalg.svd(delta.T @ x)
     for ours, theirs in ((U, reference[0]), (V, reference[2].T)):
         overlap = torch.linalg.svdvals(ours[:, :4].T @ theirs[:, :4])
-        assert float(overlap.min()) > 0.999
-    assert torch.allclose(S[:4], reference[1][:4], rtol=1e-3)
+        assert float(overlap.min()) > 0.99
+    assert torch.allclose(S[:4], reference[1][:4], rtol=1e-2)
 
 
 def merge_as_rank(path: str) -> None:
@@ -146,3 +146,15 @@ def test_merged_factors_are_the_leading_ones_of_the_sum(tmp_path):
     assert torch.allclose(S[:6].double(), best[:6], rtol=1e-2)
     kept = (U[:, :8].double().T @ G @ V[:, :8].double()).square().sum()
     assert float(kept / best[:8].square().sum()) > 0.999
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-5, 0.0])
+def test_the_decomposition_holds_for_well_and_badly_conditioned_matrices(smallest):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 12, generator=generator))[0] for n in (300, 12))
+    M = (left * torch.logspace(0, -1, 12)).float()
+    M[:, -1] *= smallest
+    M = M @ right.T
+    Q, R = _qr(M)
+    assert torch.allclose(Q.T @ Q, torch.eye(12), atol=1e-5)
+    assert float((Q.double() @ R - M.double()).norm() / M.norm()) < 1e-6

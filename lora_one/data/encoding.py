@@ -46,12 +46,13 @@ def encode_split(
     joiner: str,
     max_length: int,
     name: str,
+    key: str = "model.max_length",
 ) -> EncodedSplit:
     """Encodes ``prompt + joiner + target`` and the end token, cut at ``max_length`` tokens.
 
     Prompt and target are encoded together, as the model will read them. A token counts as prompt
     only if all its characters lie in the prompt, so nothing of the target goes unlearned where a
-    tokenizer merges across the boundary.
+    tokenizer merges across the boundary. ``key`` is what set ``max_length``.
 
     Raises:
         UserError: If no example keeps a target token.
@@ -75,6 +76,6 @@ def encode_split(
                 n_without_target += 1
     if not encoded:
         raise UserError(
-            f"{name} split: no example has a target token within {max_length} tokens; raise model.max_length"
+            f"{name} split: no example has a target token within {max_length} tokens; raise {key}"
         )
     return EncodedSplit(tuple(encoded), n_truncated, n_without_target)

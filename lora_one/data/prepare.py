@@ -39,6 +39,13 @@ class Data:
             "examples left out: no target token within model.max_length": self.train.n_without_target
             + self.validation.n_without_target,
         }
+        if self.gradient is not self.train:
+            counts |= {
+                "examples cut at init.max_length for the gradient": self.gradient.n_truncated,
+                "examples left out of the gradient: no target token within init.max_length": (
+                    self.gradient.n_without_target
+                ),
+            }
         return [f"{count:,} {what}" for what, count in counts.items() if count]
 
     def summary(self) -> dict[str, Any]:
@@ -69,8 +76,10 @@ def prepare_data(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -
     texts = load_splits(config.dataset, _token_counter(tokenizer))
     joiner = dataset_spec(config.dataset.name).joiner
 
-    def encode(name: str, max_length: int) -> EncodedSplit:
-        return encode_split(getattr(texts, name), tokenizer, joiner=joiner, max_length=max_length, name=name)
+    def encode(name: str, max_length: int, key: str = "model.max_length") -> EncodedSplit:
+        return encode_split(
+            getattr(texts, name), tokenizer, joiner=joiner, max_length=max_length, name=name, key=key
+        )
 
     train = encode("train", config.model.max_length)
     same = config.gradient_max_length == config.model.max_length
@@ -78,7 +87,7 @@ def prepare_data(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -
         texts=texts,
         train=train,
         validation=encode("validation", config.model.max_length),
-        gradient=train if same else encode("train", config.gradient_max_length),
+        gradient=train if same else encode("train", config.gradient_max_length, "init.max_length"),
         pad_id=tokenizer.pad_token_id,
     )
 
