@@ -1,10 +1,12 @@
-"""The programs of docs/library.md, and PEFT's published quick start, with local names for the Hub's."""
+"""The programs and commands of the docs, and PEFT's published quick start, with local names for the Hub's."""
 
 import re
+import shlex
+import sys
 
 import pytest
 import torch
-from conftest import EMBEDDED, ROOT, SHARED
+from conftest import EMBEDDED, ROOT, SHARED, run_program
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -117,3 +119,24 @@ def test_pefts_published_quick_start_with_its_import_lines_and_names_changed(gpt
     with torch.no_grad():
         expected = scope["peft_model"].eval()(input_ids=ids).logits
         assert torch.allclose(travelled(input_ids=ids).logits, expected, atol=1e-4)
+
+
+GRADIENTS = (ROOT / "docs/gradients.md").read_text()
+COMMANDS = [
+    shlex.split(line.strip())
+    for block in re.findall(r"^ *```sh\n(.*?)^ *```", GRADIENTS, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_on_gradients(command, cli, tmp_path):
+    assert command[0] == "python"
+    if command[1] == "run_exp.py":
+        assert cli(*command[2:], "dry_run=true").returncode == 0
+        return
+    assert cli("debug=short").returncode == 0
+    arguments = [a.replace("results/", f"{tmp_path}/results/") for a in command[2:]]
+    done = run_program(sys.executable, command[1], *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "1 entries" in done.stdout

@@ -1,9 +1,12 @@
 """Gradients of models that are spread over processes or places: FSDP2, a device map with offloading."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import ALONE, on_two_processes, random_examples, small_llama
+from conftest import ALONE, on_two_processes, only_run, random_examples, small_llama
 from test_layers import build, config_of, loss_of
 from test_library import start_of
 from test_streaming import config, kept, products
@@ -99,3 +102,18 @@ def test_the_library_prepares_on_a_sharded_model(direction, estimator, tmp_path)
     again = config_of("linear", direction)
     (again.lora_one_config or again.lora_ga_config).estimator = estimator
     preprocess_loraga(build("linear"), again, None, cache_file=str(cache))  # whole weights, the same model
+
+
+def test_a_device_map_changes_nothing_on_one_device_and_is_refused_for_several_processes(
+    cli, tmp_path, monkeypatch
+):
+    losses = []
+    for name, extra in (("plain", []), ("mapped", ["model.device_map=auto"])):
+        done = cli("debug=short", f"results_dir={tmp_path}/{name}", *extra)
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads((only_run(tmp_path / name) / "record.json").read_text())["metrics"])
+    assert losses[0]["validation_loss"] == losses[1]["validation_loss"]
+    monkeypatch.setattr("run_exp.start_processes", lambda: replace(ALONE, world_size=2))
+    done = cli("debug=short", "model.device_map=auto")
+    assert done.returncode == 2
+    assert "model.device_map=auto: spreads the model over all GPUs of one process" in done.stderr
