@@ -36,20 +36,28 @@ class GradientSums(Calls):
     """What the backward passes inside ``collect_gradients`` left.
 
     Attributes:
-        G_OI: Layer name to the summed gradient, float32 on the CPU. Layers that share one weight share
-            one tensor.
+        G_OI: Layer name to the summed gradient, float32, on the CPU or the layer's device. Layers that share
+            one weight share one tensor.
         is_finite: Whether every entry that has been added was finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, offload: bool = True) -> None:
         super().__init__()
         self.G_OI: dict[str, Tensor] = {}
         self.is_finite = True
+        self._offload = offload
+
+    def begin(self, names: Sequence[str], layer: Any) -> None:
+        """Makes room for the weight that the layers share."""
+        device = "cpu" if self._offload or layer.weight.is_meta else layer.weight.device
+        G_OI = torch.zeros(shape_OI(layer), dtype=torch.float32, device=device)
+        self.G_OI |= dict.fromkeys(names, G_OI)
 
     def add(self, names: Sequence[str], G_OI: Tensor) -> None:
         """Adds one batch's gradient of the weight that the layers share."""
         self.is_finite &= bool(torch.isfinite(G_OI.sum(dtype=torch.float32)))
-        self.G_OI[names[0]].add_(G_OI.to(device="cpu", dtype=torch.float32))
+        sum_OI = self.G_OI[names[0]]
+        sum_OI.add_(G_OI.to(device=sum_OI.device, dtype=torch.float32))
         self.reached.update(names)
 
     def unique(self) -> list[Tensor]:
@@ -58,19 +66,22 @@ class GradientSums(Calls):
 
 
 @contextmanager
-def collect_gradients(model: Any, targets: Sequence[str], *, dropout: bool = False) -> Iterator[GradientSums]:
+def collect_gradients(
+    model: Any, targets: Sequence[str], *, dropout: bool = False, offload: bool = True
+) -> Iterator[GradientSums]:
     """Sums the gradients of the targets' weights while the caller runs forward and backward passes.
 
-    Inside, nothing but the targets' weights takes a gradient. Each is moved to the CPU and added up in
-    float32 as soon as it is made, so that at most one lives on the device, and ``zero_grad`` between two
-    batches loses nothing. Everything is as before afterwards.
+    Inside, nothing but the targets' weights takes a gradient. Each is taken away and added up in float32
+    as soon as it is made, so that ``zero_grad`` between two batches loses nothing. Everything is as before
+    afterwards.
 
     Args:
         model: The pretrained model, without adapters; on any device, quantised, sharded or neither.
         targets: Names of linear layers.
         dropout: Whether the model's dropout is on (train mode) or off (eval mode), whatever the caller sets.
+        offload: Whether the sums lie on the CPU; at most one gradient lives on the device then.
     """
-    sums = GradientSums()
+    sums = GradientSums(offload=offload)
     with _recording(model, lambda: _watch(model, targets, sums), dropout):
         yield sums
 
@@ -151,7 +162,7 @@ def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[A
     for name in targets:
         layer = model.get_submodule(name)
         if name in watched:
-            sums.G_OI[name] = torch.zeros(shape_OI(layer), dtype=torch.float32)
+            sums.begin([name], layer)
         else:
             by_weight.setdefault(id(layer.weight), []).append(name)
     for names in by_weight.values():
@@ -165,8 +176,7 @@ def _has_own_gradient(layer: Any) -> bool:
 
 
 def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
-    G_OI = torch.zeros(shape_OI(layer), dtype=torch.float32)
-    sums.G_OI |= dict.fromkeys(names, G_OI)
+    sums.begin(names, layer)
 
     def move(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # the hook runs when it has just been made
@@ -178,15 +188,31 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
     return layer.weight.register_post_accumulate_grad_hook(move)
 
 
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output on; in the backward pass hands over its input and its output's gradient.
+
+    The input is saved as autograd saves its own: checkpointing drops it and makes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        if output._is_view():  # of another custom function, perhaps, which allows no more
+            return output.view_as(output)
+        ctx.mark_dirty(output)  # a view of it could not be changed in place by what follows
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.add(x.detach().flatten(0, -2).float(), delta.detach().flatten(0, -2).float())
+        return delta, None, None
+
+
 def _on_output_gradient(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Any:
-    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-
-        def hand_over(delta: Tensor) -> None:
-            add(x.flatten(0, -2).float(), delta.detach().flatten(0, -2).float())
-
-        if output.requires_grad:
-            output.register_hook(hand_over)
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return _Tap.apply(output, inputs[0], add) if output.requires_grad else None
 
     return layer.register_forward_hook(watch)
 

@@ -41,6 +41,7 @@ _MODE_KEYS: dict[str, set[str]] = {
         "objective",
         "estimator",
         "n_triplets",
+        "offload",
         "dropout",
         "norm_clip",
         *_SAMPLE_KEYS,
@@ -154,6 +155,9 @@ class InitConfig(Section):
     )
     n_triplets: int | None = Field(
         None, ge=1, description="singular triplets to keep; null: a power of two that covers the ranks"
+    )
+    offload: bool = Field(
+        True, description="exact: sum the gradients on the CPU; false: on the layers' devices"
     )
     dropout: bool = Field(False, description="keep the model's dropout on in the gradient estimate")
     norm_clip: bool = Field(False, description="no entry of s·B·A above the largest of W")

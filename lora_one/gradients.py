@@ -259,7 +259,8 @@ def _exactly(
 ) -> tuple[dict[str, LayerEstimate], tuple[float, ...]]:
     """Whole gradients, summed over batches and processes; then what the start needs of each."""
     config, processes = sample.config, sample.processes
-    with collect_gradients(sample.model, targets, dropout=config.init.dropout) as sums:
+    settings = {"dropout": config.init.dropout, "offload": config.init.offload}
+    with collect_gradients(sample.model, targets, **settings) as sums:
         sample.run(lambda: sums.is_finite)
     for G_OI in sums.unique():
         processes.sum_(G_OI)

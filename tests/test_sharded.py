@@ -98,7 +98,8 @@ def test_the_library_prepares_on_a_sharded_model(direction, estimator, tmp_path)
     preprocess_loraga(model, config, lambda: loss_of(model).backward())
     expected, found = start_of(get_peft_model(model, config)), torch.load(path)
     for name, start in expected.items():
-        assert (found[name] - start).norm() < 1e-2 * start.norm(), name
+        # One pass is approximate here: the spectrum of random weights is flat.
+        assert (found[name] - start).norm() < (1e-3 if estimator == "exact" else 0.1) * start.norm(), name
     again = config_of("linear", direction)
     (again.lora_one_config or again.lora_ga_config).estimator = estimator
     preprocess_loraga(build("linear"), again, None, cache_file=str(cache))  # whole weights, the same model
