@@ -316,6 +316,6 @@ def _qr(M: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = L.diagonal()
     if bool((failed == 0) & (diagonal.min() > _NEARLY_SINGULAR * diagonal.max())):
         inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False).T
-        return M @ inverse.float(), L.T
+        return (wide @ inverse).float(), L.T
     Q, R = torch.linalg.qr(wide)
     return Q.float(), R
