@@ -79,7 +79,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
 
 def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
     """Data first: its faults are found before any weights are read."""
-    if config.cache_dir is not None:
+    if config.cache_dir is not None and config.peft.use_peft and config.init.mode == "gradient":
         make_cache_folder(config.cache_dir)
     with run.stage("data"):
         tokenizer = load_tokenizer(config.model)
@@ -144,6 +144,7 @@ def estimate_for_init(
                 ranks=ranks,
                 pad_id=data.pad_id,
                 processes=run.processes,
+                decode=lambda example: str(loaded.tokenizer.decode(example.ids[:24])),
             ),
             run.processes,
         )

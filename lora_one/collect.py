@@ -8,6 +8,7 @@ of its output.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_one.errors import UserError
 from lora_one.layers import quantisation, settle, shape_OI, to_OI
 
 
@@ -149,26 +151,45 @@ def _watch_activations(
     model: Any, targets: Sequence[str], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[Any]:
     for name in targets:
-        layer = model.get_submodule(name)
-        yield layer.register_forward_pre_hook(_take_gradient)
-        yield _on_output_gradient(layer, partial(add, name))
+        yield from _watch_layer(model.get_submodule(name), partial(add, name))
 
 
 def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[Any]:
     """Sets the hooks; yields their handles as they are made."""
     yield _count_calls(model, sums)
     by_weight: dict[int, list[str]] = {}
-    watched = [name for name in targets if not _has_own_gradient(model.get_submodule(name))]
     for name in targets:
-        layer = model.get_submodule(name)
-        if name in watched:
-            sums.begin([name], layer)
-        else:
-            by_weight.setdefault(id(layer.weight), []).append(name)
+        by_weight.setdefault(id(model.get_submodule(name).weight), []).append(name)
+    watched: dict[str, list[str]] = {}
     for names in by_weight.values():
-        yield _from_autograd(model.get_submodule(names[0]), names, sums)
+        layer = model.get_submodule(names[0])
+        if _has_own_gradient(layer):
+            yield _from_autograd(layer, names, sums)
+        else:
+            sums.begin(names, layer)
+            watched |= dict.fromkeys(names, names)
+    shared = shared_elsewhere(model, list(watched))
+    if shared is not None:
+        raise UserError(
+            f"{shared[0]}: shares its weight with {shared[1]}, whose part of the gradient cannot be seen "
+            "while the weight is sharded, offloaded or quantised; leave it out of the target modules"
+        )
 
-    yield from _watch_activations(model, watched, lambda name, x_NI, d_NO: sums.add([name], d_NO.T @ x_NI))
+    def add(name: str, x_NI: Tensor, delta_NO: Tensor) -> None:
+        sums.add(watched[name], delta_NO.T @ x_NI)
+
+    yield from _watch_activations(model, list(watched), add)
+
+
+def shared_elsewhere(model: Any, targets: Sequence[str]) -> tuple[str, str] | None:
+    """A target and a layer that is none but has the same weight, such as the embedding of a tied head."""
+    owners = {id(model.get_submodule(name).weight): name for name in targets}
+    own = {id(model.get_submodule(name)) for name in targets}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in owners and id(module) not in own:
+                return owners[id(parameter)], name
+    return None
 
 
 def _has_own_gradient(layer: Any) -> bool:
@@ -188,33 +209,70 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
     return layer.weight.register_post_accumulate_grad_hook(move)
 
 
-class _Tap(torch.autograd.Function):
-    """Passes a layer's output on; in the backward pass hands over its input and its output's gradient.
+@dataclass
+class _Call:
+    """One call of a watched layer: who gets its input, and the gradient of its output once it is known."""
+
+    add: Callable[[Tensor, Tensor], None]
+    delta: Tensor | None = None
+
+
+class _Keep(torch.autograd.Function):
+    """Passes a layer's input on, and hands it over, with the output's gradient, in the backward pass.
 
     The input is saved as autograd saves its own: checkpointing drops it and makes it again.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.add = add
-        if output._is_view():  # of another custom function, perhaps, which allows no more
-            return output.view_as(output)
-        ctx.mark_dirty(output)  # a view of it could not be changed in place by what follows
-        return output
+        ctx.call = call
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.add(x.detach().flatten(0, -2).float(), delta.detach().flatten(0, -2).float())
-        return delta, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,), delta = ctx.saved_tensors, ctx.call.delta
+        if delta is not None:
+            ctx.call.delta = None
+            with torch.autocast(delta.device.type, enabled=False):
+                x_NI, delta_NO = (part.detach().flatten(0, -2).float() for part in (x, delta))
+                ctx.call.add(x_NI.to(delta.device), delta_NO)
+        return gradient, None
 
 
-def _on_output_gradient(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Any:
-    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return _Tap.apply(output, inputs[0], add) if output.requires_grad else None
+def _made_by_layer(output: Tensor) -> Tensor:
+    """The tensor behind a view of all of it: changing the view in place would cut off a hook on the view."""
+    base = output._base
+    is_whole = base is not None and base.numel() == output.numel() and base.shape[-1:] == output.shape[-1:]
+    return base if base is not None and is_whole else output
 
-    return layer.register_forward_hook(watch)
+
+def _watch_layer(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Iterator[Any]:
+    """Hands ``add`` the layer's input and its output's gradient in every backward pass."""
+    open_calls: list[_Call] = []
+
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        x, *rest = inputs
+        call = _Call(add)
+        open_calls.append(call)
+        # A leaf is the caller's: no gradient may be left in it.
+        return _Keep.apply(x if x.requires_grad else x.detach().requires_grad_(), call), *rest
+
+    def after(_: nn.Module, __: Any, output: Tensor) -> None:
+        if not open_calls:
+            return
+        call = open_calls.pop()
+
+        def note(delta: Tensor) -> None:
+            call.delta = delta
+
+        if output.requires_grad:
+            _made_by_layer(output).register_hook(note)
+
+    yield layer.register_forward_pre_hook(before)
+    yield layer.register_forward_hook(after)
 
 
 def _count_calls(model: nn.Module, calls: Calls) -> Any:
@@ -248,11 +306,6 @@ def _begin_graph(_: nn.Module, __: Any, output: Tensor) -> None:
     """Frozen weights alone make no graph, nor does re-entrant gradient checkpointing without one."""
     if torch.is_grad_enabled() and output.is_leaf and output.is_floating_point():
         output.requires_grad_(True)
-
-
-def _take_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if torch.is_grad_enabled() and inputs[0].is_leaf and not inputs[0].requires_grad:
-        inputs[0].requires_grad_(True)
 
 
 @contextmanager

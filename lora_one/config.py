@@ -275,6 +275,7 @@ class ExperimentConfig(Section):
 _OUTPUT_KEYS: dict[str, set[str]] = {
     "": {"dry_run", "results_dir", "cache_dir", "wandb", "eval"},
     "dataset": {"rows"},
+    "init": {"offload"},
     "model": {"shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg", "device_map"},
 }
 
@@ -436,6 +437,8 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
     peft, init = config.peft, config.init
     without_effect = [(f"peft.{key}", not peft.use_peft, "peft=all") for key in PeftConfig.model_fields]
     without_effect += [
+        ("init.offload", init.estimator.startswith("sketch"), "init.estimator=exact"),
+        ("init.n_triplets", init.objective == "adam", "init.objective=gradient"),
         ("init.sub_size", init.do_subsampling is None, "init.do_subsampling=true"),
         ("init.normalize", init.direction != "LoRA-One", "init.direction=LoRA-One"),
         ("init.stable_gamma", init.scale != "stable", "init.scale=stable"),

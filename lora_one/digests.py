@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ def file_digest(path: Path, store: Path | None = None) -> str:
 
     Args:
         path: The file.
-        store: A folder that keeps digests, found again by path, size and time of the last change.
+        store: A folder that keeps digests, found again by path, inode, size and times of the last change.
     """
     where = path.resolve()
     stat = where.stat()
-    known: dict[str, Any] = {"path": str(where), "size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    known: dict[str, Any] = {"path": str(where), "size": stat.st_size, "inode": stat.st_ino}
+    known |= {"written_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns}
     kept = store / f"{hashlib.sha256(str(where).encode()).hexdigest()[:24]}.json" if store else None
     if kept is not None:
         stored = _read(kept)
@@ -26,8 +28,9 @@ def file_digest(path: Path, store: Path | None = None) -> str:
     with where.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps(known | {"sha256": digest}))
+        with suppress(OSError):  # it only saves time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(known | {"sha256": digest}))
     return digest
 
 

@@ -1,14 +1,19 @@
 """Writing files and folders in one piece."""
 
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece: after a crash it is the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes a file in one piece: after a crash it is the old one or the new one.
+
+    Several programs may write it at once; one of them wins.
+    """
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

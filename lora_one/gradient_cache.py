@@ -6,7 +6,6 @@ number of models lie in one folder. Who computes an entry holds its lock; the sy
 holder dies.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -32,11 +31,11 @@ from lora_one.gradients import GradientEstimate, choose_estimator
 from lora_one.models import LoadedModel
 from lora_one.processes import Processes
 from lora_one.sample import sample_batches
+from lora_one.sketch import SKETCH_VERSION
 
 _FORMAT = "lora-one estimate 1"
 # Of a model's config, what says where it came from or how it is run, not what it computes.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _FACTS = ("loss", "n_examples", "n_tokens", "seconds", "estimator", "dropout", "errors")
 
 
@@ -72,8 +71,9 @@ def describe_estimate(
     """What the estimate of a run depends on."""
     alone = replace(processes, rank=0, world_size=1)
     indices, batches = sample_batches(examples, config, 0, alone)
-    estimator = choose_estimator(config, loaded.model, loaded.targets, ranks, len(indices))
-    is_random = estimator.name != "exact" or config.init.dropout
+    n_examples = len(indices) // processes.world_size
+    estimator = choose_estimator(config, loaded.model, loaded.targets, ranks, n_examples)
+    sizes = None if estimator.name == "exact" else [SKETCH_VERSION, asdict(estimator.size)]
     parts = {
         "format": _FORMAT,
         "weights": loaded.fingerprint,
@@ -84,8 +84,9 @@ def describe_estimate(
         "start": identity(config.gradient_start(), estimator.name),
         "ranks": dict(ranks) if config.init.objective == "adam" else None,
         "n_triplets": estimator.n_triplets,
+        "sketch": sizes,
         "dropout": config.init.dropout,
-        "seed": config.seed if is_random else None,
+        "seed": config.seed,
     }
     about = {
         "model": config.model.name,
@@ -136,17 +137,14 @@ def make_cache_folder(folder: str) -> None:
     """Makes the folder of the cache.
 
     Raises:
-        UserError: If it cannot be made, or written to.
+        UserError: If it cannot be made.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(folder, os.W_OK)
     except OSError as error:
         raise UserError(
             f"cache_dir={folder}: cannot be made ({error.strerror}); give another, or cache_dir=null"
         ) from None
-    if not is_writable:
-        raise UserError(f"cache_dir={folder}: cannot be written to; give another, or cache_dir=null")
 
 
 def read_entry(path: Path) -> tuple[Entry, GradientEstimate]:
@@ -160,7 +158,7 @@ def read_entry(path: Path) -> tuple[Entry, GradientEstimate]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        if metadata.get("digest") != _tensor_digest(tensors):
+        if metadata.pop("digest", None) != _content_digest(tensors, metadata):
             raise DamagedEntryError("its content is not what was written")
         facts = json.loads(metadata["facts"])
         estimate = GradientEstimate(
@@ -197,8 +195,8 @@ def _keep(path: Path, entry: Entry, estimate: GradientEstimate, processes: Proce
         "about": json.dumps(about),
         "facts": json.dumps(facts),
         "numbers": json.dumps(numbers),
-        "digest": _tensor_digest(tensors),
     }
+    metadata["digest"] = _content_digest(tensors, metadata)
     try:
         for left in path.parent.glob(f"{path.name}.*.partial"):  # of a writer that was killed
             left.unlink(missing_ok=True)
@@ -211,26 +209,28 @@ def _keep(path: Path, entry: Entry, estimate: GradientEstimate, processes: Proce
 
 @contextmanager
 def _lock(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Holds the lock of an entry; gives whether there are locks at all."""
-    with path.open("a+") as file:
+    """Holds the lock of an entry; gives whether it could be had."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            say(f"gradient: {file.read().strip() or 'another program'} is computing it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            file = stack.enter_context(path.open("a+"))
+            _wait_for_lock(file, say)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            say(
-                f"note: {path.parent}: no file locks there, so several programs may compute the same gradient"
-            )
+            say(f"note: {path}: no lock ({error.strerror}), so other programs may compute the same gradient")
             yield False
             return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield True
+
+
+def _wait_for_lock(file: IO[str], say: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        say(f"gradient: {file.read().strip() or 'another program'} is computing it; waiting")
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _computed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -254,8 +254,8 @@ def _sample_digest(examples: Sequence[Encoded], batches: Sequence[Sequence[Slot]
     return digest.hexdigest()[:24]
 
 
-def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().numpy().data)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_one.collect import collect_gradients
+from lora_one.collect import collect_gradients, shared_elsewhere
 from lora_one.config import ExperimentConfig
 from lora_one.data.batches import Slot
 from lora_one.data.encoding import Encoded
@@ -21,7 +21,7 @@ from lora_one.progress import progress_bar
 from lora_one.sample import collate_slots, sample_batches
 from lora_one.sketch import SketchedGradient, SketchSize, sketch_size, triplets_to_keep
 from lora_one.starts import LayerEstimate, reduce_gradient
-from lora_one.streaming import one_pass, shared_elsewhere, two_passes
+from lora_one.streaming import one_pass, two_passes
 from lora_one.triplets import Triplets
 
 _ANNOUNCE_AFTER = 5  # batches
@@ -30,7 +30,7 @@ ONE_PASS_EXAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Estimator:
+class EstimatorChoice:
     """How the gradients are estimated, and how much of them is kept."""
 
     name: str
@@ -100,8 +100,10 @@ class GradientEstimate:
 
 def choose_estimator(
     config: ExperimentConfig, model: Any, targets: Sequence[str], ranks: Mapping[str, int], n_examples: int
-) -> Estimator:
+) -> EstimatorChoice:
     """The estimator that ``init.estimator`` means here, and the number of triplets to keep.
+
+    ``n_examples`` are those of one process: each renews its own directions.
 
     Raises:
         UserError: If ``init.n_triplets`` is less than a rank needs.
@@ -115,7 +117,7 @@ def choose_estimator(
         is_small = n_examples < ONE_PASS_EXAMPLES
         needs_all = config.init.objective != "gradient" or shared_elsewhere(model, targets) is not None
         name = "exact" if needs_all else "sketch_two_pass" if is_small else "sketch"
-    return Estimator(name, kept)
+    return EstimatorChoice(name, kept)
 
 
 def estimate_gradient(
@@ -127,6 +129,7 @@ def estimate_gradient(
     ranks: Mapping[str, int],
     pad_id: int,
     processes: Processes,
+    decode: Callable[[Encoded], str] | None = None,
 ) -> GradientEstimate:
     """Estimates the gradient of the training loss at the pretrained weights.
 
@@ -141,14 +144,15 @@ def estimate_gradient(
         ranks: Adapter rank of each target.
         pad_id: Padding token.
         processes: Who shares the work.
+        decode: Shows an example to people, when one has to be named.
 
     Raises:
         UserError: If a target's gradient is zero or does not arrive, or a batch's is not finite.
     """
     begin = time.perf_counter()
     indices, batches = sample_batches(examples, config, pad_id, processes)
-    estimator = choose_estimator(config, model, targets, ranks, len(indices))
-    sample = _Sample(model, examples, batches, len(indices), pad_id, config, processes)
+    estimator = choose_estimator(config, model, targets, ranks, len(indices) // processes.world_size)
+    sample = _Sample(model, examples, batches, len(indices), pad_id, config, processes, decode)
     estimate = _exactly if estimator.name == "exact" else _streaming
     layers, errors = estimate(sample, targets, ranks, estimator)
     return GradientEstimate(
@@ -174,6 +178,7 @@ class _Sample:
     pad_id: int
     config: ExperimentConfig
     processes: Processes
+    decode: Callable[[Encoded], str] | None = None
     loss: float = 0.0
 
     def run(
@@ -203,7 +208,7 @@ class _Sample:
 
     def _run_batch(self, number: int, slots: list[Slot]) -> float:
         batch = collate_slots(self.examples, slots, self.pad_id)
-        with _own_randomness(self.config, slots, self.processes.device):
+        with _own_randomness(self.config, slots):
             loss = weighted_loss(self.model, to_device(batch, self.processes.device))
             if not torch.isfinite(loss):
                 raise self._not_finite(number, slots, f"its loss is {loss.item()}")
@@ -211,12 +216,14 @@ class _Sample:
         return loss.item()
 
     def _not_finite(self, number: int, slots: list[Slot], what: str) -> UserError:
-        where = ", ".join(str(index) for index, _ in slots[:8]) + (", ..." if len(slots) > 8 else "")
+        indices = [index for index, _ in slots if index >= 0]
+        where = ", ".join(str(index) for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
+        text = f" (the first: {self.decode(self.examples[indices[0]])!r})" if self.decode and indices else ""
         process = f" of process {self.processes.rank}" if self.processes.world_size > 1 else ""
-        precision = "; compute in float32 (model.bf16=false)" if self.config.model.bf16 else ""
+        precision = ", or compute in float32 (model.bf16=false)" if self.config.model.bf16 else ""
         return UserError(
             f"gradient batch {number} of {len(self.batches)}{process}: {what}; look at examples {where} of "
-            f"the training split (counted from 0), and at the weights{precision}"
+            f"the encoded training split{text} and at the weights{precision}"
         )
 
     @contextmanager
@@ -244,18 +251,18 @@ class _Sample:
 
 
 @contextmanager
-def _own_randomness(config: ExperimentConfig, slots: list[Slot], device: torch.device) -> Iterator[None]:
+def _own_randomness(config: ExperimentConfig, slots: list[Slot]) -> Iterator[None]:
     """With dropout on, each batch draws its own masks: in every pass, on whatever process, the same."""
     if not config.init.dropout:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.seed * 2**20 + slots[0][0] + 1)
         yield
 
 
 def _exactly(
-    sample: _Sample, targets: Sequence[str], ranks: Mapping[str, int], estimator: Estimator
+    sample: _Sample, targets: Sequence[str], ranks: Mapping[str, int], estimator: EstimatorChoice
 ) -> tuple[dict[str, LayerEstimate], tuple[float, ...]]:
     """Whole gradients, summed over batches and processes; then what the start needs of each."""
     config, processes = sample.config, sample.processes
@@ -274,7 +281,7 @@ def _exactly(
 
 
 def _streaming(
-    sample: _Sample, targets: Sequence[str], ranks: Mapping[str, int], estimator: Estimator
+    sample: _Sample, targets: Sequence[str], ranks: Mapping[str, int], estimator: EstimatorChoice
 ) -> tuple[dict[str, LayerEstimate], tuple[float, ...]]:
     """Sketches in one pass or two."""
     found: dict[str, SketchedGradient]

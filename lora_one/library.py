@@ -88,7 +88,7 @@ def preprocess_loraga(
     ranks = resolve_ranks(model, lora_config, start)
     cache = Path(cache_file) if cache_file is not None else None
     if cache is not None and _from_main(cache.is_file() and cache.stat().st_size > 0):
-        layers, samples = load_estimates(cache, made_for)
+        layers, samples = _together(lambda: load_estimates(cache, made_for))
         _check_fit(model, layers, ranks, start, str(cache))
         _check_weights(model, samples, str(cache))
     elif train_step is None and cache is not None:
@@ -97,8 +97,7 @@ def preprocess_loraga(
         layers = _estimate(model, ranks, start, estimator, train_step)
         if cache is not None:
             samples = _weight_samples(model, list(ranks))  # on every process: the weights may be sharded
-            if _is_main():
-                save_estimates(cache, layers, made_for, samples)
+            _together(lambda: save_estimates(cache, layers, made_for, samples))
     prepared: Any = lora_config
     prepared._lora_one_prepared = _Prepared(layers, made_for)
     prepared.init_lora_weights = f"{start_kind(lora_config)}{MARK}"
@@ -313,6 +312,18 @@ def _raise_together(trouble: Exception | None) -> None:
     for rank, message in enumerate(messages):
         if message is not None:
             raise UserError(f"process {rank}: {message}")
+
+
+def _together(act: Callable[[], Any]) -> Any:
+    """What the main process alone does, on every process; fails on all of them if there."""
+    value, trouble = None, None
+    if _is_main():
+        try:
+            value = act()
+        except (UserError, OSError) as error:
+            trouble = error
+    _raise_together(trouble)
+    return _from_main(value)
 
 
 def _processes() -> Processes:

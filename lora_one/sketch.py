@@ -7,7 +7,7 @@ is formed, and no weight takes a gradient.
 *One pass* keeps both sums: ``G ≈ Q (Ψᵀ Q)⁺ (Ψᵀ G)`` with Q an orthonormal basis of ``G Ω`` (generalised
 Nyström, arXiv 2009.11392). Random ``Ω`` and ``Ψ`` lose several per cent of the energy, so they are the
 leading singular vectors of what has been seen: first of the first batch, whose own gradient is decomposed
-by skinny products too, and anew after 2, 8, 16, 32, ... batches.
+by skinny products too, and anew each time that the number of batches has doubled.
 
 *Two passes* keep ``G Ω`` alone in the first, with more columns, and in the second find ``Qᵀ G`` exactly.
 """
@@ -22,6 +22,8 @@ from torch import Tensor
 from lora_one.processes import Processes
 from lora_one.triplets import Triplets, check_norm, with_signs
 
+# To be raised with every change of what the sketches find: kept estimates are found again by it.
+SKETCH_VERSION = 1
 _FEWEST_TRIPLETS = 16
 _FEWEST_TWO_PASS_COLUMNS = 128
 _MERGE_ROUNDS = 2
@@ -103,6 +105,8 @@ class _Sketch:
     """
 
     def __init__(self, shape_OI: tuple[int, int], size: SketchSize, generator: torch.Generator) -> None:
+        if size.probes < 1:
+            raise ValueError("the error estimate needs at least one probe")
         self.shape_OI = shape_OI
         self.k = min(size.right, *shape_OI)
         self.n_probes = size.probes
@@ -129,6 +133,11 @@ class _Sketch:
         """What a batch that is not finite would spoil."""
         return [tensor for tensor in (self._Y_CO,) if tensor is not None]
 
+    def check_finite(self) -> bool:
+        """Whether every number that has been added was finite."""
+        self.is_finite &= all(bool(tensor.sum().isfinite()) for tensor in self.sums())
+        return self.is_finite
+
     def _add_first(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor) -> None:
         if not torch.isfinite(x_NI.sum() + delta_NO.sum()):
             self.is_finite = False  # a decomposition would fail on it
@@ -154,13 +163,14 @@ class _Sketch:
             self._Y_CO = torch.zeros(self.k + self.n_probes, n_out, device=device)
             self._probes_PI = self._probes_PI.to(device)
         if self._first is None and self._omega_CI is None:
-            U_OK, V_IK = (torch.eye(n, self.k, device=device) for n in (n_out, n_in))
-            self._first = Factors(U_OK, torch.zeros(self.k, device=device), V_IK)
+            U_OK, V_IK = (torch.randn(n, self.k, generator=self._generator).to(device) for n in (n_out, n_in))
+            self._first = Factors(_orthonormal(U_OK), torch.zeros(self.k, device=device), _orthonormal(V_IK))
 
     def _describe(self, found: Factors, processes: Processes) -> SketchedGradient:
         """Measures on the probes what the factors leave out."""
         assert self._Y_CO is not None
-        U_OK, S_K, V_IK = found
+        U_OK, S_K, V_IK = (part.contiguous().clone() for part in found)
+        processes.from_main_(U_OK, S_K, V_IK)  # not every machine rounds alike
         probed_PO = processes.sum_(self._Y_CO[-self.n_probes :].clone())
         rest_PO = probed_PO - (self._probes_PI @ V_IK * S_K) @ U_OK.T
         rest = float(rest_PO.double().square().sum()) / max(1, self.n_probes)
@@ -189,7 +199,7 @@ class OnePassSketch(_Sketch):
 
     def aim(self) -> None:
         """Turns Ω and Ψ to the leading singular vectors of what has been seen; keeps that as its factors."""
-        if self._Y_CO is None or not self.is_finite:
+        if self._Y_CO is None or not self.check_finite():
             return
         U_OK, S_K, V_IK = self.factors()
         fill_EO = torch.randn(self._l - self.k, len(U_OK), generator=self._generator).to(U_OK)
@@ -288,7 +298,7 @@ def merge_factors(mine: Factors, processes: Processes) -> Factors:
     processes.from_main_(start_IK)
     for _ in range(_MERGE_ROUNDS):
         Q_OK = _orthonormal(processes.sum_((U_OK * S_K) @ (V_IK.T @ start_IK))).contiguous()
-        processes.from_main_(Q_OK)  # not every machine rounds alike
+        processes.from_main_(Q_OK)
         B_KI = processes.sum_(((Q_OK.T @ U_OK) * S_K) @ V_IK.T)
         start_IK = _orthonormal(B_KI.T)
     return _factors(Q_OK, B_KI)

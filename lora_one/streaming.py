@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lora_one.collect import Calls, watch_activations
+from lora_one.collect import Calls, shared_elsewhere, watch_activations
 from lora_one.errors import UserError
 from lora_one.layers import shape_OI
 from lora_one.processes import Processes
@@ -35,8 +35,12 @@ class Sketches(Generic[Sketch]):
         """What the sketches know, summed over the processes.
 
         Raises:
-            UserError: If no gradient has reached a target on any process.
+            UserError: If a gradient is not finite, or has reached a target on no process.
         """
+        bad = [name for name, sketch in self.by_name.items() if not sketch.check_finite()]
+        if int(processes.sum_(torch.tensor(len(bad)))) > 0:
+            where = bad[0] if bad else "a target on another process"
+            raise UserError(f"{where}: its gradient is not finite; check the data, or compute in float32")
         solved = {id(sketch): sketch.finish(processes) for sketch in self.unique}
         found = {name: solved[id(sketch)] for name, sketch in self.by_name.items()}
         for name, gradient in found.items():
@@ -62,15 +66,17 @@ def one_pass(
         UserError: If a target shares its weight with a layer that is none.
     """
     sketches = Sketches(_new_sketches(model, targets, size, seed, OnePassSketch))
-    # Decomposing costs about as much as a batch's sketches: rarely at first, as there are few batches.
-    n_calls, aims = 0, {1, 2, *(2**power for power in range(3, 60))}
+    aimed_after = 0
 
     def begin_batch(*_: Any) -> None:
-        nonlocal n_calls
-        if n_calls in aims:
+        nonlocal aimed_after
+        n_batches = sketches.calls.n_calls
+        if n_batches == aimed_after or n_batches & (n_batches - 1) or not torch.is_grad_enabled():
+            return
+        aimed_after = n_batches  # 1, 2, 4, 8, ...
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
             for sketch in sketches.unique:
                 sketch.aim()
-        n_calls += torch.is_grad_enabled()
 
     handle = model.register_forward_pre_hook(begin_batch)
     try:
@@ -123,17 +129,6 @@ def two_passes(
 
 def _adding(sketches: Sketches[Any], method: str) -> Callable[[str, Tensor, Tensor], None]:
     return lambda name, x_NI, delta_NO: getattr(sketches.by_name[name], method)(x_NI, delta_NO)
-
-
-def shared_elsewhere(model: Any, targets: Sequence[str]) -> tuple[str, str] | None:
-    """A target and a layer that is none but has the same weight, such as the embedding of a tied head."""
-    owners = {id(model.get_submodule(name).weight): name for name in targets}
-    own = {id(model.get_submodule(name)) for name in targets}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in owners and id(module) not in own:
-                return owners[id(parameter)], name
-    return None
 
 
 def _new_sketches(

@@ -49,7 +49,7 @@ from lora_one.collect import collect_gradients, watch_activations
 from lora_one.config import ExperimentConfig
 from lora_one.data.encoding import Encoded
 from lora_one.data.tiny import problems
-from lora_one.gradients import Estimator, choose_estimator, estimate_gradient
+from lora_one.gradients import EstimatorChoice, choose_estimator, estimate_gradient
 from lora_one.inits import init_factors
 from lora_one.layers import shape_OI
 from lora_one.losses import to_device, weighted_loss
@@ -317,7 +317,7 @@ def gradient_bytes(case: Case) -> int:
     return sum(4 * math.prod(shape_OI(case.model.get_submodule(name))) for name in case.targets)
 
 
-def one_pass_estimator(case: Case) -> Estimator:
+def one_pass_estimator(case: Case) -> EstimatorChoice:
     """The one-pass estimator with its sizes for this case."""
     settings = case.config.model_copy(
         update={"init": case.config.init.model_copy(update={"estimator": "sketch"})}

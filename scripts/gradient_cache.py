@@ -48,7 +48,7 @@ def entries(folder: Path) -> list[Kept]:
             entry, estimate = read_entry(path)
             about = entry.about | {"n_examples": estimate.n_examples, "seconds": estimate.seconds}
             found.append(Kept(path, stat.st_size, stat.st_mtime, about))
-        except (DamagedEntryError, OSError) as error:
+        except DamagedEntryError as error:
             found.append(Kept(path, stat.st_size, stat.st_mtime, None, str(error)))
     return sorted(found, key=lambda kept: kept.used)
 
@@ -147,9 +147,9 @@ def main() -> None:
         if arguments.prune:
             prune(arguments.folder, arguments)
         print(table(entries(arguments.folder)))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def init_seconds(run: Record) -> float:
     seconds = {name: run["stages"].get(name, {"seconds": 0.0})["seconds"] for name in ("gradient", "init")}
     gradient = run.get("gradient") or {}
     if gradient.get("cache_file"):
-        seconds["gradient"] += gradient["seconds"]
+        seconds["gradient"] = gradient["seconds"]
     return sum(seconds.values())
 
 

@@ -46,6 +46,19 @@ def entry(estimator="exact", examples=EXAMPLES, model=None, rank=4, settings=Non
     return describe_estimate(settings, model, examples, dict.fromkeys(model.targets, rank), ALONE)
 
 
+def changed(section: str, **values):
+    settings = config("exact")
+    return settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
+
+
+def token_loss():
+    return changed("model", loss_reduction="token")
+
+
+def in_4_bit():
+    return changed("model", quantization="4bit")
+
+
 def make(estimator="exact", processes=ALONE):
     model = loaded()
     return estimate_gradient(
@@ -107,6 +120,8 @@ def test_whatever_changes_the_numbers_changes_the_name():
         entry(bsz=2, iters=10),
         entry(**whole),
         entry(objective="sign"),
+        entry(settings=token_loss()),
+        entry(settings=in_4_bit()),
         entry(objective="adam", scale="gd"),
         entry(objective="adam", scale="gd", rank=5),
         entry(examples=EXAMPLES[::-1]),
@@ -135,7 +150,13 @@ def damage_all(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [damage_bytes, damage_end, damage_all])
+def damage_header(path: Path) -> None:
+    content = path.read_bytes()
+    where = content.index(b'\\"loss\\": ') + 10
+    path.write_bytes(content[:where] + b"9" + content[where + 1 :])
+
+
+@pytest.mark.parametrize("damage", [damage_bytes, damage_end, damage_all, damage_header])
 def test_a_damaged_file_is_named_and_made_again(damage, tmp_path, capsys):
     cached_estimate(str(tmp_path), entry(), make, ALONE)
     (path,) = tmp_path.glob("*.safetensors")
@@ -261,6 +282,32 @@ def test_digests_of_files_are_computed_once(tmp_path, monkeypatch):
     for kept in store.iterdir():
         kept.write_text("{")
     assert file_digest(path, store) == file_digest(path)
+
+
+def digest_many(folder: str, log: str) -> None:
+    for number in range(30):
+        store = Path(folder, str(number))
+        file_digest(Path(folder, "weights"), store)
+    Path(log).write_text("done")
+
+
+def test_programs_may_keep_the_same_digest_at_once(tmp_path):
+    (tmp_path / "weights").write_bytes(b"some")
+    context = multiprocessing.get_context("spawn")
+    logs = [tmp_path / f"log{rank}" for rank in range(4)]
+    programs = [context.Process(target=digest_many, args=(str(tmp_path), str(log))) for log in logs]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join(timeout=120)
+    assert all(log.read_text() == "done" for log in logs)
+
+
+def test_a_lock_that_cannot_be_had_is_said_and_does_not_matter(tmp_path, capsys):
+    (tmp_path / f"{entry().key}.lock").mkdir()
+    assert cached_estimate(str(tmp_path), entry(), make, ALONE).cache_file is None
+    assert "no lock" in capsys.readouterr().out
+    assert cached_estimate(str(tmp_path), entry(), never, ALONE).cache_file
 
 
 def test_a_sweep_computes_the_gradient_once(cli, tmp_path):

@@ -219,7 +219,9 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_its_examples(estimator):
     bad = indices[9]  # in the third batch
     examples[bad].ids[0] = 63
     where = ", ".join(str(index) for index in indices[8:12])
-    with pytest.raises(UserError, match=rf"gradient batch 3 of 10: its loss is nan; .*examples {where} of"):
+    with pytest.raises(
+        UserError, match=rf"gradient batch 3 of 10: its loss is nan; .*examples {where} of the encoded"
+    ):
         estimated(overflowing(small_llama()), estimator, examples)
 
 

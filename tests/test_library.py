@@ -646,3 +646,63 @@ def test_unloading_a_shifted_base_is_refused():
         adapted(build("linear"), ga()).unload()
     plain = adapted(build("linear"), config_of("linear", "LoRA-One")).unload()
     assert relative(logits(plain), logits(build("linear"))) < 1e-6
+
+
+def sketching(direction: str = "LoRA-One") -> LoraConfig:
+    config = config_of("linear", direction)
+    config.lora_one_config.estimator = "sketch"
+    return config
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_a_sketch_of_what_is_not_finite_is_refused(bad):
+    model = build("linear")
+
+    def step():
+        for number, row in enumerate(ROWS[:6]):
+            loss = model(input_ids=row[None], labels=row[None]).loss
+            (loss * (float("nan") if number == bad else 1)).backward()
+
+    with pytest.raises(UserError, match="its gradient is not finite"):
+        preprocess_lora_one(model, sketching(), step)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_mixed_precision_in_the_users_step(estimator, backward_inside):
+    def start(precise: bool):
+        model, config = build("linear"), config_of("linear", "LoRA-One")
+        config.lora_one_config.estimator = estimator
+
+        def step():
+            for row in ROWS[:6]:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+                    loss = model(input_ids=row[None], labels=row[None]).loss
+                    if backward_inside:
+                        loss.backward()
+                if not backward_inside:
+                    loss.backward()
+
+        preprocess_lora_one(model, config, step)
+        return start_of(get_peft_model(model, config))
+
+    exact, found = start(True), start(False)
+    assert all(float(found[name].norm() / exact[name].norm()) == pytest.approx(1, abs=0.1) for name in exact)
+
+
+def test_calls_without_a_gradient_cost_no_decomposition(monkeypatch):
+    from lora_one.sketch import OnePassSketch
+
+    model, aimed = build("linear"), []
+    aim = OnePassSketch.aim
+    monkeypatch.setattr(OnePassSketch, "aim", lambda sketch: (aimed.append(1), aim(sketch)))
+
+    def step():
+        loss_of(model).backward()
+        with torch.no_grad():
+            for _ in range(5):
+                loss_of(model)
+        loss_of(model).backward()
+
+    preprocess_lora_one(model, sketching(), step)
+    assert len(aimed) == 4  # targets, once

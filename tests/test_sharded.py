@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lora_one import get_peft_model, preprocess_loraga
+from lora_one.errors import UserError
 from lora_one.gradients import estimate_gradient
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
@@ -118,3 +119,25 @@ def test_a_device_map_changes_nothing_on_one_device_and_is_refused_for_several_p
     done = cli("debug=short", "model.device_map=auto")
     assert done.returncode == 2
     assert "model.device_map=auto: spreads the model over all GPUs of one process" in done.stderr
+
+
+def shared_as_rank(path: str) -> None:
+    processes = start_processes()
+    model, config = build("shared_pair"), config_of("shared_pair", "LoRA-One")
+    fully_shard(model)
+    preprocess_loraga(model, config, lambda: loss_of(model).backward())
+    adapted = get_peft_model(build("shared_pair"), config)
+    tied = fully_shard(build("tied_head"))
+    with pytest.raises(UserError, match=r"lm_head: shares its weight with model\.embed_tokens"):
+        preprocess_loraga(tied, config_of("tied_head", "LoRA-One"), lambda: loss_of(tied).backward())
+    if processes.is_main:
+        torch.save(start_of(adapted), path)
+
+
+def test_layers_that_share_one_sharded_weight_get_its_whole_gradient(tmp_path):
+    on_two_processes(shared_as_rank, str(tmp_path / "start.pt"))
+    model, config = build("shared_pair"), config_of("shared_pair", "LoRA-One")
+    preprocess_loraga(model, config, lambda: loss_of(model).backward())
+    expected, found = start_of(get_peft_model(model, config)), torch.load(tmp_path / "start.pt")
+    for name, start in expected.items():
+        assert (found[name] - start).norm() < 1e-3 * start.norm(), name

@@ -8,7 +8,7 @@ from conftest import ROOT, run_program
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from make_table import distinguishing_settings, group, notes, spread
+from make_table import distinguishing_settings, group, init_seconds, notes, spread
 
 from lora_one.config import ExperimentConfig
 
@@ -78,3 +78,11 @@ def test_no_records_is_one_line(tmp_path: Path):
     done = run_program(sys.executable, "scripts/make_table.py", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path}: no record.json below it")
+
+
+def test_a_table_counts_a_gradient_with_what_it_took_to_make():
+    stages = {"gradient": {"seconds": 30.0}, "init": {"seconds": 1.0}}
+    own = {"stages": stages, "gradient": {"seconds": 29.0, "cache_file": None}}
+    waited = {"stages": stages, "gradient": {"seconds": 29.0, "cache_file": "somewhere"}}
+    assert init_seconds(own) == 31
+    assert init_seconds(waited) == 30
