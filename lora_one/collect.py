@@ -243,8 +243,9 @@ class _Keep(torch.autograd.Function):
 def _made_by_layer(output: Tensor) -> Tensor:
     """The tensor behind a view of all of it: changing the view in place would cut off a hook on the view."""
     base = output._base
-    is_whole = base is not None and base.numel() == output.numel() and base.shape[-1:] == output.shape[-1:]
-    return base if base is not None and is_whole else output
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.shape[-1] == output.shape[-1] else output
 
 
 def _watch_layer(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Iterator[Any]:
