@@ -303,12 +303,12 @@ def _subtract(scaling: float, layer: Any, inputs: tuple[Tensor, ...], output: Te
     return output - (scaling * (inputs[0].to(A_RI.dtype) @ A_RI.T @ B_OR.T)).to(output.dtype)
 
 
-def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+def _factors(layer: Any, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
     """A and B as stored, in float32."""
     return layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
 
 
-def _product(layer: Any, adapter: str) -> Tensor:
+def _product(layer: Any, adapter: str = ADAPTER) -> Tensor:
     A_RI, B_OR = _factors(layer, adapter)
     return layer.scaling[adapter] * (B_OR @ A_RI)
 

@@ -25,7 +25,7 @@ from lora_one.triplets import Triplets, check_norm, with_signs
 # To be raised with every change of what the sketches find: kept estimates are found again by it.
 SKETCH_VERSION = 1
 _FEWEST_TRIPLETS = 16
-_FEWEST_TWO_PASS_COLUMNS = 128
+_FEWEST_TWO_PASS_COLUMNS = 192
 _MERGE_ROUNDS = 2
 # Directions of Q that Ψ does not see carry rounding alone.
 _UNSEEN = 1e-6
