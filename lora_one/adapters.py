@@ -44,7 +44,7 @@ class InitReport:
         relative_product_norm: Mean over the targets of ‖s · B₀ A₀‖_F / ‖W‖_F.
         shift: Where ``s · B₀ A₀`` was taken off: ``weight``, ``adapter``, or None where it was not.
         weight_drift: Largest ‖W' + s · B₀ A₀ - W‖_F / ‖W‖_F over the shifted targets, W' being the
-            weight as stored: rounding, or re-quantisation.
+            weight as stored: rounding, or re-quantisation. Of float32 weights a bound (1.2e-7).
         logit_drift: ‖logits after - logits before‖ / ‖logits before‖ on a few examples: rounding
             where the start keeps the function, the first step with LoRA-One. None without examples.
         dropout_drift: The same with the adapters' dropout on, where there is one and the base is

@@ -36,7 +36,6 @@ from lora_one.sketch import SKETCH_VERSION
 _FORMAT = "lora-one estimate 1"
 # Of a model's config, what says where it came from or how it is run, not what it computes.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
-_FACTS = ("loss", "n_examples", "n_tokens", "seconds", "estimator", "dropout", "errors")
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,6 @@ def cached_estimate(
     """The estimate from ``folder``, or made and kept there; to be called on all processes.
 
     Where another program is making the same one, waits for it.
-
-    Raises:
-        UserError: If the folder cannot be made.
     """
     if folder is None or entry.identity["weights"] is None:
         if folder is not None:
@@ -118,7 +114,6 @@ def cached_estimate(
     with ExitStack() as stack:
         found = None
         if processes.is_main:
-            make_cache_folder(folder)
             found = _look(path, entry, processes)
             if found is None:
                 has_lock = stack.enter_context(_lock(path.with_suffix(".lock"), processes.say))
@@ -187,7 +182,8 @@ def _look(path: Path, entry: Entry, processes: Processes) -> GradientEstimate | 
 
 def _keep(path: Path, entry: Entry, estimate: GradientEstimate, processes: Processes) -> None:
     tensors, numbers = pack_layers(estimate.layers)
-    facts = {key: value for key, value in asdict(replace(estimate, layers={})).items() if key in _FACTS}
+    facts = asdict(replace(estimate, layers={}))
+    del facts["layers"], facts["cache_file"]
     about = entry.about | {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname()}
     metadata = {
         "format": _FORMAT,

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class GradientEstimate:
     seconds: float
     estimator: str = "exact"
     dropout: bool = False
-    errors: tuple[float, ...] = field(default=())
+    errors: tuple[float, ...] = ()
     cache_file: str | None = None
 
     def summary(self) -> dict[str, Any]:

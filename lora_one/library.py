@@ -320,7 +320,7 @@ def _together(act: Callable[[], Any]) -> Any:
     if _is_main():
         try:
             value = act()
-        except (UserError, OSError) as error:
+        except Exception as error:
             trouble = error
     _raise_together(trouble)
     return _from_main(value)

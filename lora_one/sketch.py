@@ -173,7 +173,7 @@ class _Sketch:
         processes.from_main_(U_OK, S_K, V_IK)  # not every machine rounds alike
         probed_PO = processes.sum_(self._Y_CO[-self.n_probes :].clone())
         rest_PO = probed_PO - (self._probes_PI @ V_IK * S_K) @ U_OK.T
-        rest = float(rest_PO.double().square().sum()) / max(1, self.n_probes)
+        rest = float(rest_PO.double().square().sum()) / self.n_probes
         norm = (float(S_K.double().square().sum()) + rest) ** 0.5
         n_positions = int(processes.sum_(torch.tensor(self.n_positions)))
         error = rest**0.5 / norm if norm > 0 else 0.0

@@ -42,6 +42,15 @@ def with_signs(U_OK: Tensor, S_K: Tensor, V_IK: Tensor, norm: float) -> Triplets
     return Triplets((U_OK * sign_K).cpu(), S_K.cpu(), (V_IK * sign_K).cpu(), norm)
 
 
+def energy_share(G_OI: Tensor, found: Triplets, k: int) -> float:
+    """Energy of a gradient between the leading k of its estimated singular vectors, against the best k.
+
+    ``‖U_kᵀ G V_k‖²_F / Σ_{i<=k} σ_i²``; 1 where the k leading subspaces are exact.
+    """
+    best = torch.linalg.svdvals(G_OI)[:k].square().sum()
+    return float((found.U_OK[:, :k].T @ G_OI @ found.V_IK[:, :k]).square().sum() / best)
+
+
 def check_gradient(name: str, G_OI: Tensor) -> float:
     """The gradient's norm.
 

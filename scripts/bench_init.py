@@ -52,12 +52,13 @@ from lora_one.data.tiny import problems
 from lora_one.gradients import EstimatorChoice, choose_estimator, estimate_gradient
 from lora_one.inits import init_factors
 from lora_one.layers import shape_OI
-from lora_one.losses import to_device, weighted_loss
+from lora_one.losses import weighted_loss
 from lora_one.models import EMBEDDED_MODEL, linear_layers, model_source
 from lora_one.processes import Processes
 from lora_one.sample import gradient_batches
 from lora_one.starts import gradient_starts
-from lora_one.triplets import Triplets
+from lora_one.tables import markdown_table
+from lora_one.triplets import Triplets, energy_share
 
 OURS = ("exact", "sketch", "sketch_two_pass")
 METHODS = ("floor", *OURS, "peft", "published")
@@ -86,7 +87,7 @@ class Case:
     def passes(self, model: Any) -> None:
         """Forward and backward over the whole sample."""
         for batch in self.batches():
-            weighted_loss(model, to_device(batch, self.device)).backward()
+            weighted_loss(model, batch).backward()
 
 
 @dataclass
@@ -155,12 +156,11 @@ def run_peft(case: Case, model: Any) -> dict[str, Triplets]:
 def run_published(case: Case, model: Any) -> dict[str, Triplets]:
     """The released LoRA-One procedure, transcribed; q is as large as the layer allows."""
     kept: dict[str, Tensor] = {}
-    n_batches = sum(1 for _ in case.batches())
 
     def to_cpu(name: str) -> Callable[[Tensor], None]:
         def move(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradient = parameter.grad.detach().cpu() / n_batches
+            gradient = parameter.grad.detach().cpu()  # its loss carries the mean's weights already
             kept[name] = kept[name] + gradient if name in kept else gradient
             parameter.grad = None
 
@@ -287,17 +287,10 @@ class Energies:
         with collect_gradients(model, case.targets) as sums:
             case.passes(model)
         self.G_OI = sums.G_OI
-        self.squares_K = {name: torch.linalg.svdvals(G_OI).square() for name, G_OI in self.G_OI.items()}
 
-    def shares(self, triplets: dict[str, Triplets], k: int) -> dict[str, float]:
-        """Per target."""
-        return {
-            name: float(
-                (found.U_OK[:, :k].T @ self.G_OI[name] @ found.V_IK[:, :k]).square().sum()
-                / self.squares_K[name][:k].sum()
-            )
-            for name, found in triplets.items()
-        }
+    def shares(self, triplets: dict[str, Triplets], k: int) -> list[float]:
+        """Of all targets."""
+        return [energy_share(self.G_OI[name], found, k) for name, found in triplets.items()]
 
 
 # ---- what is shown
@@ -326,12 +319,6 @@ def one_pass_estimator(case: Case) -> EstimatorChoice:
     return choose_estimator(settings, case.model, case.targets, ranks, len(case.examples))
 
 
-def table(rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    head, *body = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
-
-
 def report(case: Case, found: dict[str, Measured], energies: Energies | None) -> str:
     """One row a method."""
     header = ["method", "s", "× floor", "extra MB", "× fp32 gradients", "× formula"]
@@ -348,22 +335,10 @@ def report(case: Case, found: dict[str, Measured], energies: Energies | None) ->
             f"{extra / formula_bytes(case):.2f}",
         ]
         if energies and measured.triplets:
-            at_r, at_2r = (list(energies.shares(measured.triplets, n * case.rank).values()) for n in (1, 2))
+            at_r, at_2r = (energies.shares(measured.triplets, n * case.rank) for n in (1, 2))
             row += [f"{min(at_r):.4f}", f"{min(at_2r):.4f}", f"{statistics.mean(at_2r):.4f}"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
-    return table(rows)
-
-
-def by_kind(case: Case, found: dict[str, Measured], energies: Energies) -> str:
-    """Energy at rank 2r in the worst layer of each kind."""
-    methods = [name for name in found if name in OURS]
-    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in case.targets))
-    rows = [["energy 2r, worst layer", *methods]]
-    shares = {name: energies.shares(found[name].triplets, 2 * case.rank) for name in methods}
-    for kind in kinds:
-        worst = (min(v for n, v in shares[name].items() if n.endswith(kind)) for name in methods)
-        rows.append([kind, *(f"{value:.4f}" for value in worst)])
-    return table(rows)
+    return markdown_table(rows)
 
 
 def ratios(found: dict[str, Measured]) -> str:
@@ -460,7 +435,7 @@ def grow(arguments: argparse.Namespace) -> str:
                     f"{extra / gradient_bytes(case):.3f}",
                 ]
             )
-    return table(rows)
+    return markdown_table(rows)
 
 
 def main() -> None:
@@ -497,8 +472,6 @@ def main() -> None:
     found = measure(case, ("floor", *arguments.methods), arguments.rounds)
     energies = None if arguments.no_energy else Energies(case)
     print(report(case, found, energies))
-    if energies:
-        print("\n" + by_kind(case, found, energies))
     if "sketch" in found:
         print("\n" + ratios(found))
     if arguments.grow:

@@ -23,6 +23,7 @@ from lora_one.config import result_settings
 from lora_one.errors import UserError
 from lora_one.plots import smoothed
 from lora_one.records import read_record
+from lora_one.tables import markdown_table
 from lora_one.tracking import read_metrics
 
 Record = dict[str, Any]
@@ -194,9 +195,8 @@ def as_text(header: list[str], cells: list[list[str]]) -> str:
 
 def as_markdown(header: list[str], cells: list[list[str]], remarks: list[str]) -> str:
     """The same in Markdown, with the remarks below."""
-    lines = ["| " + " | ".join(row) + " |" for row in [header, *cells]]
-    lines.insert(1, "|" + "---|" * len(header))
-    return "\n".join(lines + [""] * bool(remarks) + [f"- {remark}" for remark in remarks]) + "\n"
+    below = [""] * bool(remarks) + [f"- {remark}" for remark in remarks]
+    return "\n".join([markdown_table([header, *cells]), *below]) + "\n"
 
 
 def plot(rows: list[Row], folders: dict[str, Path], path: Path) -> None:
