@@ -14,22 +14,27 @@ by skinny products too, and anew each time that the number of batches has double
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_one.processes import Processes
+from lora_one.skinny import (
+    Product,
+    leading_product,
+    main_directions,
+    merge,
+    orthonormal,
+    product_from_sketches,
+    qr,
+    triplets_of,
+)
 from lora_one.triplets import Triplets, check_norm, with_signs
 
 # To be raised with every change of what the sketches find: kept estimates are found again by it.
-SKETCH_VERSION = 1
+SKETCH_VERSION = 2
 _FEWEST_TRIPLETS = 16
 _FEWEST_TWO_PASS_COLUMNS = 192
-_MERGE_ROUNDS = 2
-# Directions of Q that Ψ does not see carry rounding alone.
-_UNSEEN = 1e-6
-_NEARLY_SINGULAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class SketchSize:
     """
 
     right: int = 32
-    left: int = 40
+    left: int = 36
     probes: int = 4
 
 
@@ -51,20 +56,12 @@ def sketch_size(n_triplets: int, *, two_passes: bool) -> SketchSize:
     """Columns that find ``n_triplets`` triplets well; a second pass affords more, for flat spectra."""
     if two_passes:
         return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * n_triplets), left=0)
-    return SketchSize(right=2 * n_triplets, left=5 * n_triplets // 2)
+    return SketchSize(right=2 * n_triplets, left=9 * n_triplets // 4)
 
 
 def triplets_to_keep(needed: int) -> int:
     """A power of two that covers what is needed: runs that differ in rank keep, and share, the same."""
     return max(_FEWEST_TRIPLETS, 2 ** math.ceil(math.log2(needed)))
-
-
-class Factors(NamedTuple):
-    """``U Σ Vᵀ`` with orthonormal columns, float32."""
-
-    U_OK: Tensor
-    S_K: Tensor
-    V_IK: Tensor
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class _Sketch:
         self.is_finite = True
         self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
         self._probes_PI = torch.randn(size.probes, shape_OI[1], generator=self._generator)
-        self._first: Factors | None = None  # of the first batch, until Ω is chosen
+        self._first: Product | None = None  # of the first batch, until Ω is chosen
         self._omega_CI: Tensor | None = None  # Ω, then the probes
         self._Y_CO: Tensor | None = None  # G Ω, then G times the probes
 
@@ -144,16 +141,16 @@ class _Sketch:
             return
         Y_CO[self.k :].addmm_(self._probes_PI @ x_NI.T, delta_NO)
         if self._first is not None:  # a layer that is called twice in one batch
-            U_OK, S_K, V_IK = self._first
-            x_NI, delta_NO = torch.cat([x_NI, V_IK.T]), torch.cat([delta_NO, (U_OK * S_K).T])
+            x_NI = torch.cat([x_NI, self._first.B_KI])
+            delta_NO = torch.cat([delta_NO, self._first.Q_OK.T])
         noise_KO = torch.randn(self.k, delta_NO.shape[1], generator=self._generator).to(x_NI)
-        self._first = leading_factors(delta_NO, x_NI, noise_KO)
+        self._first = leading_product(delta_NO, x_NI, noise_KO)
 
     def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
         Y_CO.addmm_(omega_CI @ x_NI.T, delta_NO)
 
-    def _aim(self, V_IK: Tensor) -> None:
-        self._omega_CI = torch.cat([V_IK.T, self._probes_PI])
+    def _aim(self, directions_IK: Tensor) -> None:
+        self._omega_CI = torch.cat([directions_IK.T, self._probes_PI])
         self._first = None
 
     def _take_over(self, device: torch.device) -> None:
@@ -163,13 +160,13 @@ class _Sketch:
             self._Y_CO = torch.zeros(self.k + self.n_probes, n_out, device=device)
             self._probes_PI = self._probes_PI.to(device)
         if self._first is None and self._omega_CI is None:
-            U_OK, V_IK = (torch.randn(n, self.k, generator=self._generator).to(device) for n in (n_out, n_in))
-            self._first = Factors(_orthonormal(U_OK), torch.zeros(self.k, device=device), _orthonormal(V_IK))
+            Q_OK = orthonormal(torch.randn(n_out, self.k, generator=self._generator).to(device))
+            self._first = Product(Q_OK, torch.zeros(self.k, n_in, device=device))
 
-    def _describe(self, found: Factors, processes: Processes) -> SketchedGradient:
-        """Measures on the probes what the factors leave out."""
+    def _describe(self, found: Product, processes: Processes) -> SketchedGradient:
+        """Measures on the probes what the product leaves out."""
         assert self._Y_CO is not None
-        U_OK, S_K, V_IK = (part.contiguous().clone() for part in found)
+        U_OK, S_K, V_IK = (part.contiguous() for part in triplets_of(found))
         processes.from_main_(U_OK, S_K, V_IK)  # not every machine rounds alike
         probed_PO = processes.sum_(self._Y_CO[-self.n_probes :].clone())
         rest_PO = probed_PO - (self._probes_PI @ V_IK * S_K) @ U_OK.T
@@ -198,27 +195,26 @@ class OnePassSketch(_Sketch):
         self._Z_LI: Tensor | None = None
 
     def aim(self) -> None:
-        """Turns Ω and Ψ to the leading singular vectors of what has been seen; keeps that as its factors."""
+        """Turns Ω and Ψ to the leading directions of what has been seen, and keeps no more than these."""
         if self._Y_CO is None or not self.check_finite():
             return
-        U_OK, S_K, V_IK = self.factors()
-        fill_EO = torch.randn(self._l - self.k, len(U_OK), generator=self._generator).to(U_OK)
-        # Apart from U, and about orthonormal, which is enough.
-        fill_EO = (fill_EO - fill_EO @ U_OK @ U_OK.T) / len(U_OK) ** 0.5
-        self._psi_LO = torch.cat([U_OK.T, fill_EO])
+        Q_OK, B_KI = self.product()
+        V_IK, R_KK = qr(B_KI.T)
         self._aim(V_IK)
-        self._Y_CO[: self.k] = (U_OK * S_K).T
-        # Ψᵀ U is the identity above zeros.
-        self._Z_LI = torch.cat([(V_IK * S_K).T, V_IK.new_zeros(self._l - self.k, len(V_IK))])
+        self._Y_CO[: self.k] = R_KK.float() @ Q_OK.T
+        fill_EO = torch.randn(self._l - self.k, len(Q_OK), generator=self._generator).to(Q_OK)
+        # Apart from Q, and about orthonormal, which is enough.
+        fill_EO = (fill_EO - fill_EO @ Q_OK @ Q_OK.T) / len(Q_OK) ** 0.5
+        self._psi_LO = torch.cat([Q_OK.T, fill_EO])
+        # Ψᵀ Q is the identity above zeros.
+        self._Z_LI = torch.cat([B_KI, B_KI.new_zeros(self._l - self.k, B_KI.shape[1])])
 
-    def factors(self) -> Factors:
-        """The leading singular triplets of what has been seen."""
+    def product(self) -> Product:
+        """What has been seen, of rank k."""
         if self._first is not None:
             return self._first
         assert self._Y_CO is not None and self._Z_LI is not None and self._psi_LO is not None
-        Q_OK = _orthonormal(self._Y_CO[: self.k].T)
-        seen_KL = torch.linalg.pinv((self._psi_LO @ Q_OK).double(), rtol=_UNSEEN).float()
-        return _factors(Q_OK, seen_KL @ self._Z_LI)
+        return product_from_sketches(self._Y_CO[: self.k], self._Z_LI, self._psi_LO)
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
@@ -227,7 +223,7 @@ class OnePassSketch(_Sketch):
     def finish(self, processes: Processes) -> SketchedGradient:
         """The leading singular triplets of the sum over all processes; to be called on all of them."""
         self._take_over(processes.device)
-        return self._describe(merge_factors(self.factors(), processes), processes)
+        return self._describe(merge(self.product(), self._generator, processes), processes)
 
     def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
         super()._add_next(x_NI, delta_NO, Y_CO, omega_CI)
@@ -251,17 +247,16 @@ class TwoPassSketch(_Sketch):
         """Turns Ω to what the main process's first batch was made of; to be called on all after the first."""
         self._take_over(processes.device)
         assert self._first is not None and self._Y_CO is not None
-        U_OK, S_K, V_IK = self._first
-        common_IK = V_IK.contiguous().clone()
-        processes.from_main_(common_IK)
-        self._Y_CO[: self.k] = (common_IK.T @ V_IK * S_K) @ U_OK.T
+        Q_OK, B_KI = self._first
+        common_IK = main_directions(self._first, self._generator, processes)
+        self._Y_CO[: self.k] = (common_IK.T @ B_KI.T) @ Q_OK.T
         self._aim(common_IK)
 
     def end_first_pass(self, processes: Processes) -> None:
         """Fixes Q, on all processes."""
         assert self._Y_CO is not None
         sum_KO = processes.sum_(self._Y_CO[: self.k].clone())
-        self._Qt_KO = _orthonormal(sum_KO.T).T.contiguous()
+        self._Qt_KO = orthonormal(sum_KO.T).T.contiguous()
         processes.from_main_(self._Qt_KO)
         self._Y_CO, self._omega_CI = self._Y_CO[self.k :].clone(), None  # their place is needed now
         self._B_KI = self._Qt_KO.new_zeros(self.k, self.shape_OI[1])
@@ -279,53 +274,4 @@ class TwoPassSketch(_Sketch):
         """The leading singular triplets of the sum over all processes; to be called on all of them."""
         assert self._Qt_KO is not None and self._B_KI is not None
         B_KI = processes.sum_(self._B_KI)
-        return self._describe(_factors(self._Qt_KO.T, B_KI), processes)
-
-
-def leading_factors(delta_NO: Tensor, x_NI: Tensor, noise_KO: Tensor) -> Factors:
-    """Leading singular triplets of ``δᵀ x``, by skinny products alone; as many as the noise has rows."""
-    aimed_KI = (noise_KO @ delta_NO.T) @ x_NI  # so that a flat tail blurs the rest less
-    Q_OK = _orthonormal((aimed_KI @ x_NI.T @ delta_NO).T)
-    return _factors(Q_OK, (Q_OK.T @ delta_NO.T) @ x_NI)
-
-
-def merge_factors(mine: Factors, processes: Processes) -> Factors:
-    """Leading singular triplets of the sum of all processes' factors, by subspace iteration."""
-    if processes.world_size == 1:
-        return mine
-    U_OK, S_K, V_IK = mine
-    start_IK = V_IK.contiguous().clone()
-    processes.from_main_(start_IK)
-    for _ in range(_MERGE_ROUNDS):
-        Q_OK = _orthonormal(processes.sum_((U_OK * S_K) @ (V_IK.T @ start_IK))).contiguous()
-        processes.from_main_(Q_OK)
-        B_KI = processes.sum_(((Q_OK.T @ U_OK) * S_K) @ V_IK.T)
-        start_IK = _orthonormal(B_KI.T)
-    return _factors(Q_OK, B_KI)
-
-
-def _factors(Q_OK: Tensor, B_KI: Tensor) -> Factors:
-    """The singular triplets of ``Q B``; the long side of B goes through a QR, which is cheaper."""
-    right_IK, R_KK = _qr(B_KI.T)
-    inner_KK, S_K, Vt_KK = (part.float() for part in torch.linalg.svd(R_KK.T))
-    return Factors(Q_OK @ inner_KK, S_K, right_IK @ Vt_KK.T)
-
-
-def _orthonormal(M: Tensor) -> Tensor:
-    return _qr(M)[0]
-
-
-def _qr(M: Tensor) -> tuple[Tensor, Tensor]:
-    """``M = Q R`` of a float32 matrix with few columns; R in float64.
-
-    By the Cholesky factor of ``MᵀM`` in float64, several times faster than Householder's way and as exact as
-    long as M is not close to singular; by Householder's way otherwise.
-    """
-    wide = M.double()
-    L, failed = torch.linalg.cholesky_ex(wide.T @ wide)
-    diagonal = L.diagonal()
-    if bool((failed == 0) & (diagonal.min() > _NEARLY_SINGULAR * diagonal.max())):
-        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False).T
-        return (wide @ inverse).float(), L.T
-    Q, R = torch.linalg.qr(wide)
-    return Q.float(), R
+        return self._describe(Product(self._Qt_KO.T, B_KI), processes)

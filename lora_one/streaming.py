@@ -68,7 +68,7 @@ def one_pass(
     def begin_batch(*_: Any) -> None:
         nonlocal aimed_after
         n_batches = sketches.calls.n_calls
-        if n_batches == aimed_after or n_batches & (n_batches - 1) or not torch.is_grad_enabled():
+        if n_batches == aimed_after or not _is_due(n_batches) or not torch.is_grad_enabled():
             return
         aimed_after = n_batches  # 1, 2, 4, 8, ...
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
@@ -122,6 +122,10 @@ def two_passes(
     with watch_activations(model, targets, _adding(sketches, "project"), dropout=dropout):
         run_pass(sketches, lambda number: None)
     return sketches
+
+
+def _is_due(n_batches: int) -> bool:
+    return n_batches > 0 and n_batches & (n_batches - 1) == 0
 
 
 def _adding(sketches: Sketches[Any], method: str) -> Callable[[str, Tensor, Tensor], None]:

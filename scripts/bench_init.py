@@ -355,8 +355,8 @@ def ratios(found: dict[str, Measured]) -> str:
 # ---- the cases
 
 
-def random_model(hidden: int, layers: int, vocabulary: int = 32000) -> Any:
-    """A Llama of random weights, with the proportions of Llama-2, and its vocabulary if no other is given."""
+def random_model(hidden: int, layers: int, vocabulary: int) -> Any:
+    """A Llama of random weights, with the proportions of Llama-2."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -443,7 +443,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32000, help="Llama-2's")
+    parser.add_argument(
+        "--vocabulary", type=int, default=8192, help="an output layer with the share of a whole model's"
+    )
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--bsz", type=int, default=8, help="examples a batch")
     parser.add_argument("--tokens", type=int, default=32, help="tokens an example")

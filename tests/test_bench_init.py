@@ -45,7 +45,7 @@ def test_the_meter_sees_the_peak_and_forgets_the_dead():
 
 def test_the_floor_takes_no_weight_gradient():
     module = bench()
-    model = module.random_model(128, 1)
+    model = module.random_model(128, 1, 4096)
     assert model.config.intermediate_size == 344
     from lora_one.collect import watch_activations
 

@@ -5,7 +5,16 @@ import torch
 from conftest import ALONE, on_two_processes
 
 from lora_one.processes import start_processes
-from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, _qr, leading_factors, merge_factors
+from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch
+from lora_one.skinny import (
+    Product,
+    leading_product,
+    merge,
+    orthonormal,
+    product_from_sketches,
+    qr,
+    triplets_of,
+)
 
 SIZE = SketchSize(right=12, left=24, probes=4)
 
@@ -111,14 +120,15 @@ def test_a_layer_called_twice_in_the_first_batch_counts_twice():
     sketch = OnePassSketch((60, 90), SketchSize(right=40, left=60), torch.Generator().manual_seed(0))
     sketch.add(x, delta)
     sketch.add(x2, delta2)
-    U, S, V = sketch.factors()
+    Q, B = sketch.product()
     G = summed(parts).float()
-    assert float(((U * S) @ V.T - G).norm() / G.norm()) < 1e-2
+    assert float((Q @ B - G).norm() / G.norm()) < 1e-2
 
 
-def test_leading_factors_are_those_of_the_product():
+def test_the_leading_part_has_the_leading_triplets():
     x, delta = batches(1, 50, 70)[0]
-    U, S, V = leading_factors(delta, x, torch.randn(10, 50, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(10, 50, generator=torch.Generator().manual_seed(0))
+    U, S, V = triplets_of(leading_product(delta, x, noise))
     reference = torch.linalg.svd(delta.T @ x)
     for ours, theirs in ((U, reference[0]), (V, reference[2].T)):
         overlap = torch.linalg.svdvals(ours[:, :4].T @ theirs[:, :4])
@@ -128,24 +138,55 @@ def test_leading_factors_are_those_of_the_product():
 
 def merge_as_rank(path: str) -> None:
     processes = start_processes()
-    found = [merge_factors(factors_of_rank(processes.rank), processes)]
+    generator = torch.Generator().manual_seed(0)
+    mine, nothing = product_of_rank(processes.rank), Product(product_of_rank(0).Q_OK, torch.zeros(12, 90))
+    both = merge(mine, generator, processes)
+    of_rank_1 = merge(nothing if processes.is_main else mine, generator, processes)
     if processes.is_main:
-        torch.save(tuple(found[0]), path)
+        torch.save((tuple(both), tuple(of_rank_1)), path)
 
 
-def factors_of_rank(rank: int):
-    return sketch_of(batches(3, 60, 90, seed=rank), 60, 90).factors()
+def product_of_rank(rank: int) -> Product:
+    return sketch_of(batches(3, 60, 90, seed=rank), 60, 90).product()
 
 
-def test_merged_factors_are_the_leading_ones_of_the_sum(tmp_path):
+def test_the_merged_product_is_the_leading_part_of_the_sum(tmp_path):
     on_two_processes(merge_as_rank, str(tmp_path / "merged.pt"))
-    U, S, V = torch.load(tmp_path / "merged.pt")
-    parts = [factors_of_rank(rank) for rank in (0, 1)]
-    G = sum((U * S) @ V.T for U, S, V in parts).double()
+    both, of_rank_1 = (Product(*parts) for parts in torch.load(tmp_path / "merged.pt"))
+    G = sum(Q @ B for Q, B in (product_of_rank(rank) for rank in (0, 1))).double()
+    U, S, V = triplets_of(both)
     best = torch.linalg.svdvals(G)
     assert torch.allclose(S[:6].double(), best[:6], rtol=1e-2)
     kept = (U[:, :8].double().T @ G @ V[:, :8].double()).square().sum()
     assert float(kept / best[:8].square().sum()) > 0.999
+    alone = product_of_rank(1)  # the main process has seen nothing
+    assert (
+        float((of_rank_1.Q_OK @ of_rank_1.B_KI - alone.Q_OK @ alone.B_KI).norm() / alone.B_KI.norm()) < 1e-3
+    )
+
+
+def test_products_and_triplets_are_the_same_matrix():
+    generator = torch.Generator().manual_seed(0)
+    product = Product(
+        orthonormal(torch.randn(60, 7, generator=generator)), torch.randn(7, 90, generator=generator)
+    )
+    U, S, V = triplets_of(product)
+    assert torch.allclose((U * S) @ V.T, product.Q_OK @ product.B_KI, atol=1e-5)
+    assert torch.allclose(V.T @ V, torch.eye(7), atol=1e-5)
+    assert bool((S[:-1] >= S[1:]).all())
+
+
+@pytest.mark.parametrize("left", ["seen", "hardly seen"])
+def test_sketches_of_a_product_give_it_back(left):
+    """Also where Ψ is nearly blind to one of its directions, which the Cholesky way refuses."""
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(60, 6, generator=generator) @ torch.randn(6, 90, generator=generator)
+    omega, psi = torch.randn(90, 6, generator=generator), torch.randn(8, 60, generator=generator)
+    if left == "hardly seen":
+        direction = torch.linalg.svd(G).U[:, 5]
+        psi -= torch.outer(psi @ direction, direction) * (1 - 1e-4)
+    product = product_from_sketches((G @ omega).T, psi @ G, psi)
+    assert float((product.Q_OK @ product.B_KI - G).norm() / G.norm()) < (1e-4 if left == "seen" else 5e-2)
 
 
 @pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-5, 0.0])
@@ -155,6 +196,6 @@ def test_the_decomposition_holds_for_well_and_badly_conditioned_matrices(smalles
     M = (left * torch.logspace(0, -1, 12)).float()
     M[:, -1] *= smallest
     M = M @ right.T
-    Q, R = _qr(M)
+    Q, R = qr(M)
     assert torch.allclose(Q.T @ Q, torch.eye(12), atol=1e-5)
     assert float((Q.double() @ R - M.double()).norm() / M.norm()) < 1e-6
