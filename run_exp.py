@@ -292,8 +292,8 @@ def start(composed: DictConfig) -> None:
             f"model.device_map={config.model.device_map}: spreads the model over all GPUs of one process; "
             "start without accelerate launch"
         )
-    if "model.prec_reg" in named_keys(overrides):
-        processes.say("note: model.prec_reg has no effect with AdamW")
+    if "model.prec_reg" in named and not config.optimizer.is_preconditioned:
+        processes.say(f"note: model.prec_reg has no effect with optimizer={config.optimizer.name}")
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
         return

@@ -13,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from lora_one.combinations import check_combinations
 from lora_one.errors import UserError, nearest
+from lora_one.preconditioners import Form
 from lora_one.starts import GradientStart
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -25,33 +27,7 @@ Factor = Literal["kaiming", "zeros", "gaussian", "fan_out_kaiming", "xavier", "u
 InitMode = Literal["simple", "svd", "gradient", "pissa", "olora", "eva", "corda", "peft_lora_ga"]
 # The modes that look at a sample of the training split before training.
 SAMPLE_MODES = ("gradient", "eva", "corda", "peft_lora_ga")
-_SVD_SCALES = ("default", "stable", "unit", "normalized")
-_GRADIENT_SCALES = ("stable", "gd", "gd_scale", "unit", "weightS", "weight_svd")
-_SAMPLE_KEYS = {"bsz", "iters", "max_length", "do_subsampling", "sub_size"}
-_OWN_START_KEYS = {"dtype", "shift"}
-# What each mode reads; any other key of ``init`` would have no effect.
-_MODE_KEYS: dict[str, set[str]] = {
-    "simple": {"lora_A", "lora_B", "lora_A_std", "lora_B_std", "norm_clip"},
-    "svd": {"scale", "stable_gamma", "norm_clip"},
-    "gradient": {
-        "direction",
-        "scale",
-        "stable_gamma",
-        "normalize",
-        "objective",
-        "estimator",
-        "n_triplets",
-        "offload",
-        "dropout",
-        "norm_clip",
-        *_SAMPLE_KEYS,
-    },
-    "pissa": set(),
-    "olora": set(),
-    "eva": {"eva_rho", *_SAMPLE_KEYS},
-    "corda": {"corda_method", *_SAMPLE_KEYS},
-    "peft_lora_ga": {"direction", "scale", "stable_gamma", *_SAMPLE_KEYS},
-}
+PRECONDITIONED = ("scaled_gd", "scaled_adamw", "lora_pro")
 
 
 class Section(BaseModel):
@@ -97,7 +73,9 @@ class ModelConfig(Section):
     warmup_steps: int = Field(100, ge=0)
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(1.0, gt=0)
-    prec_reg: float = Field(1e-6, gt=0, description="damping of the preconditioned optimisers")
+    prec_reg: float | None = Field(
+        None, gt=0, description="damping of the preconditioners; null: 1e-6, with lora_pro 1e-8"
+    )
     eval_epochs: float = Field(1.0, gt=0, description="epochs between two validation losses")
     early_stopping_patience: int | None = Field(
         None,
@@ -195,6 +173,30 @@ class InitConfig(Section):
         return self.mode in SAMPLE_MODES
 
 
+class OptimizerConfig(Section):
+    """How gradients become steps; learning rate, decay and damping are keys of ``model``."""
+
+    name: Literal["adamw", "sgd", "scaled_gd", "scaled_adamw", "lora_pro"] = "adamw"
+    form: Form = Field("classic", description="of the preconditioner of scaled_gd and scaled_adamw")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd and scaled_gd")
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether it looks at pairs of factors."""
+        return self.name in PRECONDITIONED
+
+    def reads(self, key: str) -> bool:
+        """Whether a key of this section has an effect."""
+        if key == "form":
+            return self.name in ("scaled_gd", "scaled_adamw")
+        if key == "momentum":
+            return self.name in ("sgd", "scaled_gd")
+        return key == "name" or self.name not in ("sgd", "scaled_gd")
+
+
 class EvalConfig(Section):
     """The generation test on the test split after training."""
 
@@ -221,6 +223,7 @@ class ExperimentConfig(Section):
     model: ModelConfig
     peft: PeftConfig = PeftConfig()
     init: InitConfig = InitConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(0, ge=0, lt=2**32)
@@ -234,12 +237,20 @@ class ExperimentConfig(Section):
     @property
     def method(self) -> str:
         """Short name of what is compared: ``full-ft``, ``lora``, ``LoRA-One``, ``LoRA-GA+dora``, …"""
+        choice = self.optimizer
+        optimizer: list[str] = [choice.name] * (choice.name != "adamw")
+        optimizer += [choice.form] * (choice.form != "classic")
         if not self.peft.use_peft:
-            return "full-ft"
+            return "+".join(["full-ft", *optimizer])
         extras = [name for name in ("dora", "adalora") if getattr(self.peft, name)]
         extras += ["loraplus"] * self.peft.use_loraplus
         start = self._start_name()
-        return "+".join(extras if start == "lora" and extras else [start, *extras])
+        return "+".join([*(extras if start == "lora" and extras else [start, *extras]), *optimizer])
+
+    @property
+    def damping(self) -> float:
+        """δ of the preconditioners: as given, or that of the method's authors."""
+        return self.model.prec_reg or (1e-8 if self.optimizer.name == "lora_pro" else 1e-6)
 
     def gradient_start(self) -> GradientStart:
         """The settings of ``init.mode=gradient``."""
@@ -307,7 +318,7 @@ def parse_config(composed: DictConfig, named: frozenset[str] | set[str] = frozen
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error.errors()[0])) from None
-    _check_combinations(config, named)
+    check_combinations(config, named)
     return config
 
 
@@ -330,6 +341,9 @@ def result_settings(tree: dict[str, Any]) -> dict[str, Any]:
         node = settings if section == "" else settings.get(section, {})
         for key in keys:
             node.pop(key, None)
+    damping = tree.get("model", {}).get("prec_reg")
+    if damping is not None and tree.get("optimizer", {}).get("name") in PRECONDITIONED:
+        settings["model"]["prec_reg"] = damping
     if settings.get("peft", {}).get("use_peft") is False:
         settings.pop("init", None)
         settings["peft"] = {"use_peft": False}
@@ -364,91 +378,3 @@ def _explain(error: ErrorDetails) -> str:
 def _is_union_tag(part: int | str) -> bool:
     # pydantic adds the tried member of a union (``str``, ``list[str]``) to the location.
     return isinstance(part, str) and part in {"str", "list[str]", "int", "function-before[<lambda>(), str]"}
-
-
-def _check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
-    peft, init = config.peft, config.init
-    asked = sorted(key for key in named if key == "init" or key.startswith("init."))
-    if not peft.use_peft and init.mode != "simple" and asked:
-        raise UserError(
-            f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
-        )
-    if peft.use_peft:
-        _check_adapter(peft, init)
-        _check_mode(init, named)
-        _check_scale(init)
-        if init.estimator not in ("auto", "exact") and init.objective != "gradient":
-            raise UserError(
-                f"init.objective={init.objective}: needs every entry of the gradient, which "
-                f"init.estimator={init.estimator} never forms; use init.estimator=exact"
-            )
-        conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
-        if conflict is not None:
-            raise UserError(f"init.{conflict[0]}={getattr(init, conflict[0])}: {conflict[1]}")
-    shifts = init.mode == "gradient" and config.gradient_start().shifts_base
-    if config.model.quantization and peft.dora and shifts and init.shift == "auto":
-        raise UserError(
-            "peft.dora=true: on a quantised base DoRA needs the norm of the shifted weight; "
-            "use init.shift=weight, or init.direction=LoRA-One"
-        )
-    if config.model.quantization and not peft.use_peft:
-        raise UserError("model.quantization: quantised weights cannot be trained; use peft=all")
-    _check_effects(config, named)
-
-
-def _check_mode(init: InitConfig, named: frozenset[str] | set[str]) -> None:
-    """A key that the mode does not read is refused, not ignored."""
-    idle = sorted(init.model_fields_set - {"mode"} - _MODE_KEYS[init.mode] - _OWN_START_KEYS)
-    if idle:
-        key = f"init.mode={init.mode}" if "init.mode" in named else f"init.{idle[0]}"
-        group = "init=default" if init.mode == "simple" else f"init={init.mode}"
-        raise UserError(
-            f"{key}: {idle[0]} has no effect with init.mode={init.mode}; use {group} alone, "
-            "or the mode that reads it"
-        )
-
-
-def _check_scale(init: InitConfig) -> None:
-    valid = {"svd": _SVD_SCALES, "gradient": _GRADIENT_SCALES}.get(init.mode)
-    if init.mode == "peft_lora_ga":
-        valid = ("stable", "weight_svd", "gd_scale", "unit")
-        if init.direction == "LoRA-One":
-            raise UserError("init.direction=LoRA-One: PEFT's lora_ga has no such direction; use LoRA-GA")
-    if valid is not None and init.scale not in valid:
-        raise UserError(f"init.scale={init.scale}: not for init.mode={init.mode}; valid: {', '.join(valid)}")
-
-
-def _check_adapter(peft: PeftConfig, init: InitConfig) -> None:
-    if peft.adalora and not init.is_plain_lora:
-        raise UserError("peft.adalora=true: AdaLoRA has its own start; use init=default")
-    if peft.adalora and (peft.dora or peft.use_loraplus or peft.rank_pattern or peft.alpha_pattern):
-        raise UserError(
-            "peft.adalora=true: does not go with dora, use_loraplus, rank_pattern or alpha_pattern"
-        )
-    if init.mode == "simple" and (init.lora_A, init.lora_B) == ("zeros", "zeros"):
-        raise UserError("init.lora_A=zeros, init.lora_B=zeros: two zero factors never learn; change one")
-    if peft.dora and init.shift == "adapter":
-        raise UserError(
-            "init.shift=adapter: DoRA needs the norm of the shifted weight; use init.shift=weight"
-        )
-
-
-def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
-    peft, init = config.peft, config.init
-    without_effect = [(f"peft.{key}", not peft.use_peft, "peft=all") for key in PeftConfig.model_fields]
-    without_effect += [
-        ("init.offload", init.estimator.startswith("sketch"), "init.estimator=exact"),
-        ("init.n_triplets", init.objective == "adam", "init.objective=gradient"),
-        ("init.sub_size", init.do_subsampling is None, "init.do_subsampling=true"),
-        ("init.normalize", init.direction != "LoRA-One", "init.direction=LoRA-One"),
-        ("init.stable_gamma", init.scale != "stable", "init.scale=stable"),
-        ("init.shift", init.mode == "gradient" and init.direction == "LoRA-One", "init.direction=LoRA-GA"),
-        ("init.lora_A_std", init.lora_A != "gaussian", "init.lora_A=gaussian"),
-        ("init.lora_B_std", init.lora_B != "gaussian", "init.lora_B=gaussian"),
-        ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
-        ("peft.use_rslora", peft.adalora, "peft.adalora=false"),
-        ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
-    ]
-    for key, is_idle, remedy in without_effect:
-        if key in named and is_idle and key != "peft.use_peft":
-            raise UserError(f"{key}: has no effect here; leave it out, or use {remedy}")

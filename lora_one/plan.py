@@ -24,6 +24,7 @@ def describe_plan(config: ExperimentConfig, world_size: int) -> str:
     rows = [
         ("run folder", f"{config.results_dir}/{run_id(config)}"),
         ("method", _method(config)),
+        ("optimizer", _optimizer(config)),
         ("model", f"{config.model.name} ({model_source(config.model.name)})"),
         *_parameters(config),
         *_data(config, world_size),
@@ -47,6 +48,17 @@ def _method(config: ExperimentConfig) -> str:
     normalize = f", normalize {init.normalize}" if direction == "LoRA-One" else ""
     normalize += "" if init.objective == "gradient" else f", objective {init.objective}"
     return f"{init.direction}: scale {init.scale}, gamma {init.gamma:g}{normalize}"
+
+
+def _optimizer(config: ExperimentConfig) -> str:
+    choice, model = config.optimizer, config.model
+    parts = [choice.name + (f" ({choice.form})" if choice.reads("form") else "")]
+    parts.append(f"learning rate {model.learning_rate:g}, {model.lr_scheduler}")
+    if config.peft.use_peft and config.peft.use_loraplus:
+        parts.append(f"{config.peft.loraplus_lr_ratio:g} times that for B")
+    if choice.is_preconditioned:
+        parts.append(f"damping {config.damping:g}")
+    return ", ".join(parts)
 
 
 def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.adalora import AdaLoraModel
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from lora_one.errors import UserError
 from lora_one.files import write_text
 from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
+from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 from lora_one.tracking import MetricsFile, Tracker
@@ -42,7 +42,11 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did; ``seconds`` of all starts, ``tokens_per_second`` of the last."""
+    """What training did; ``seconds`` of all starts, ``tokens_per_second`` of the last.
+
+    ``escalated_dampings``: r x r matrices that a preconditioned optimiser had to damp by more than δ; None
+    with the others.
+    """
 
     n_steps: int
     final_train_loss: float
@@ -50,6 +54,7 @@ class TrainResult:
     seconds: float
     tokens_per_second: float
     resumed_from_step: int
+    escalated_dampings: int | None = None
 
 
 def device_batch_size(config: ModelConfig, world_size: int) -> int:
@@ -153,10 +158,10 @@ def train(
         eval_dataset=validation_examples,
         loader=WindowLoader(sampler, pad_id),
         validation=validation_examples,
-        reduction=config.model.loss_reduction,
         pad_id=pad_id,
         processes=processes,
-        loraplus_lr_ratio=config.peft.loraplus_lr_ratio if config.peft.use_loraplus else None,
+        config=config,
+        optimizer_cls_and_kwargs=optimizer_class(config, model),
     )
     if config.peft.adalora:
         trainer.add_callback(_AdaLora())
@@ -180,6 +185,7 @@ def train(
         seconds=round(seconds_before + seconds, 3),
         tokens_per_second=_tokens_between(sampler, resumed_from, trainer.state.global_step) / seconds,
         resumed_from_step=resumed_from,
+        escalated_dampings=n_escalated(trainer.optimizer),
     )
 
 
@@ -257,17 +263,15 @@ class _WindowTrainer(Trainer):
         *,
         loader: WindowLoader,
         validation: Sequence[Encoded],
-        reduction: str,
         pad_id: int,
         processes: Processes,
-        loraplus_lr_ratio: float | None,
+        config: ExperimentConfig,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.config = config
         self.loader = loader
         self.validation = validation
-        self.reduction = reduction
         self.pad_id = pad_id
         self.processes = processes
         # The weights already hold the mean over the whole optimiser step.
@@ -295,24 +299,17 @@ class _WindowTrainer(Trainer):
             parameter.data = parameter.data.to(dtypes[name])
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+        if not self.config.peft.use_loraplus or self.optimizer is not None:
             return super().create_optimizer(*arguments)
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
         adapted: Any = self.model
-        self.optimizer = create_loraplus_optimizer(
-            adapted,
-            optimizer_class,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay,
-            **settings,
-        )
+        self.optimizer = loraplus_optimizer(self.config, adapted)
         return self.optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(
             self.model,
             self.validation,
-            reduction=self.reduction,
+            reduction=self.config.model.loss_reduction,
             batch_size=self.args.per_device_eval_batch_size,
             pad_id=self.pad_id,
             processes=self.processes,

@@ -25,7 +25,6 @@ import statistics
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +36,6 @@ import torch
 from peft.tuners.lora import LoraGAConfig as PeftLoraGAConfig
 from peft.tuners.lora import preprocess_loraga as peft_preprocess_loraga
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -53,6 +50,7 @@ from lora_one.gradients import EstimatorChoice, choose_estimator, estimate_gradi
 from lora_one.inits import init_factors
 from lora_one.layers import shape_OI
 from lora_one.losses import weighted_loss
+from lora_one.memory import LivePeak
 from lora_one.models import EMBEDDED_MODEL, linear_layers, model_source
 from lora_one.processes import Processes
 from lora_one.sample import gradient_batches
@@ -199,35 +197,6 @@ RUN: dict[str, Callable[[Case, Any], dict[str, Triplets]]] = {
 
 
 # ---- measuring
-
-
-class LivePeak(TorchDispatchMode):
-    """The peak of the bytes of all tensors that operations have made and that still live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 def peak_bytes(case: Case, method: str) -> int:

@@ -30,19 +30,6 @@ def test_every_method_is_measured():
     assert "sketch / published: " in done.stdout
 
 
-def test_the_meter_sees_the_peak_and_forgets_the_dead():
-    with bench().LivePeak() as meter:
-        kept = torch.zeros(1000)
-        torch.zeros(500)
-        more = kept + 1
-        view = more[:10]
-        assert meter.live == 8000
-        del more
-        assert meter.live == 8000
-        del view
-    assert (meter.live, meter.peak) == (4000, 8000)
-
-
 def test_the_floor_takes_no_weight_gradient():
     module = bench()
     model = module.random_model(128, 1, 4096)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALONE, EMBEDDED, SHARED, on_two_processes, random_examples, small_llama
-from test_bench_init import bench
 from test_layers import KINDS, build, loss_of, relative, targets_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +17,7 @@ from lora_one.errors import UserError
 from lora_one.gradients import estimate_gradient
 from lora_one.layers import to_OI
 from lora_one.losses import weighted_loss
+from lora_one.memory import LivePeak
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
 from lora_one.sample import collate_slots, sample_batches
@@ -221,7 +221,7 @@ def test_checkpointing_spares_the_inputs_too():
         model = deep_llama().train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         names = list(linear_layers(model)) if with_targets else []
-        with one_pass(model, names, SketchSize(4, 4, 1), seed=0), bench().LivePeak() as meter:
+        with one_pass(model, names, SketchSize(4, 4, 1), seed=0), LivePeak() as meter:
             model(input_ids=ids, labels=ids).loss.backward()
         peaks.append(meter.peak)
     assert peaks[1] < 1.2 * peaks[0]

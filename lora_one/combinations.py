@@ -1,0 +1,139 @@
+"""Combinations of settings that cannot be, or would have no effect: each is refused in one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_one.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_one.config import ExperimentConfig, InitConfig, PeftConfig
+
+_SVD_SCALES = ("default", "stable", "unit", "normalized")
+_GRADIENT_SCALES = ("stable", "gd", "gd_scale", "unit", "weightS", "weight_svd")
+_SAMPLE_KEYS = {"bsz", "iters", "max_length", "do_subsampling", "sub_size"}
+_OWN_START_KEYS = {"dtype", "shift"}
+# What each mode reads; any other key of ``init`` would have no effect.
+_MODE_KEYS: dict[str, set[str]] = {
+    "simple": {"lora_A", "lora_B", "lora_A_std", "lora_B_std", "norm_clip"},
+    "svd": {"scale", "stable_gamma", "norm_clip"},
+    "gradient": {
+        "direction",
+        "scale",
+        "stable_gamma",
+        "normalize",
+        "objective",
+        "estimator",
+        "n_triplets",
+        "offload",
+        "dropout",
+        "norm_clip",
+        *_SAMPLE_KEYS,
+    },
+    "pissa": set(),
+    "olora": set(),
+    "eva": {"eva_rho", *_SAMPLE_KEYS},
+    "corda": {"corda_method", *_SAMPLE_KEYS},
+    "peft_lora_ga": {"direction", "scale", "stable_gamma", *_SAMPLE_KEYS},
+}
+
+
+def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
+    """Raises UserError for the first of them.
+
+    Args:
+        config: All settings.
+        named: Keys that were named on the command line.
+    """
+    peft, init = config.peft, config.init
+    asked = sorted(key for key in named if key == "init" or key.startswith("init."))
+    if not peft.use_peft and init.mode != "simple" and asked:
+        raise UserError(
+            f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
+        )
+    if peft.use_peft:
+        _check_adapter(peft, init)
+        _check_mode(init, named)
+        _check_scale(init)
+        if init.estimator not in ("auto", "exact") and init.objective != "gradient":
+            raise UserError(
+                f"init.objective={init.objective}: needs every entry of the gradient, which "
+                f"init.estimator={init.estimator} never forms; use init.estimator=exact"
+            )
+        conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
+        if conflict is not None:
+            raise UserError(f"init.{conflict[0]}={getattr(init, conflict[0])}: {conflict[1]}")
+    shifts = init.mode == "gradient" and config.gradient_start().shifts_base
+    if config.model.quantization and peft.dora and shifts and init.shift == "auto":
+        raise UserError(
+            "peft.dora=true: on a quantised base DoRA needs the norm of the shifted weight; "
+            "use init.shift=weight, or init.direction=LoRA-One"
+        )
+    if config.optimizer.is_preconditioned and (peft.adalora or not peft.use_peft):
+        what = "AdaLoRA's three factors have rules of their own" if peft.adalora else "there are no factors"
+        raise UserError(f"optimizer={config.optimizer.name}: {what}; use optimizer=adamw")
+    if config.model.quantization and not peft.use_peft:
+        raise UserError("model.quantization: quantised weights cannot be trained; use peft=all")
+    _check_effects(config, named)
+
+
+def _check_mode(init: InitConfig, named: frozenset[str] | set[str]) -> None:
+    """A key that the mode does not read is refused, not ignored."""
+    idle = sorted(init.model_fields_set - {"mode"} - _MODE_KEYS[init.mode] - _OWN_START_KEYS)
+    if idle:
+        key = f"init.mode={init.mode}" if "init.mode" in named else f"init.{idle[0]}"
+        group = "init=default" if init.mode == "simple" else f"init={init.mode}"
+        raise UserError(
+            f"{key}: {idle[0]} has no effect with init.mode={init.mode}; use {group} alone, "
+            "or the mode that reads it"
+        )
+
+
+def _check_scale(init: InitConfig) -> None:
+    valid = {"svd": _SVD_SCALES, "gradient": _GRADIENT_SCALES}.get(init.mode)
+    if init.mode == "peft_lora_ga":
+        valid = ("stable", "weight_svd", "gd_scale", "unit")
+        if init.direction == "LoRA-One":
+            raise UserError("init.direction=LoRA-One: PEFT's lora_ga has no such direction; use LoRA-GA")
+    if valid is not None and init.scale not in valid:
+        raise UserError(f"init.scale={init.scale}: not for init.mode={init.mode}; valid: {', '.join(valid)}")
+
+
+def _check_adapter(peft: PeftConfig, init: InitConfig) -> None:
+    if peft.adalora and not init.is_plain_lora:
+        raise UserError("peft.adalora=true: AdaLoRA has its own start; use init=default")
+    if peft.adalora and (peft.dora or peft.use_loraplus or peft.rank_pattern or peft.alpha_pattern):
+        raise UserError(
+            "peft.adalora=true: does not go with dora, use_loraplus, rank_pattern or alpha_pattern"
+        )
+    if init.mode == "simple" and (init.lora_A, init.lora_B) == ("zeros", "zeros"):
+        raise UserError("init.lora_A=zeros, init.lora_B=zeros: two zero factors never learn; change one")
+    if peft.dora and init.shift == "adapter":
+        raise UserError(
+            "init.shift=adapter: DoRA needs the norm of the shifted weight; use init.shift=weight"
+        )
+
+
+def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
+    peft, init, optimizer = config.peft, config.init, config.optimizer
+    without_effect = [(f"peft.{key}", not peft.use_peft, "peft=all") for key in type(peft).model_fields]
+    without_effect += [
+        ("init.offload", init.estimator.startswith("sketch"), "init.estimator=exact"),
+        ("init.n_triplets", init.objective == "adam", "init.objective=gradient"),
+        ("init.sub_size", init.do_subsampling is None, "init.do_subsampling=true"),
+        ("init.normalize", init.direction != "LoRA-One", "init.direction=LoRA-One"),
+        ("init.stable_gamma", init.scale != "stable", "init.scale=stable"),
+        ("init.shift", init.mode == "gradient" and init.direction == "LoRA-One", "init.direction=LoRA-GA"),
+        ("init.lora_A_std", init.lora_A != "gaussian", "init.lora_A=gaussian"),
+        ("init.lora_B_std", init.lora_B != "gaussian", "init.lora_B=gaussian"),
+        ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
+        ("peft.use_rslora", peft.adalora, "peft.adalora=false"),
+        ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
+    ]
+    without_effect += [
+        (f"optimizer.{key}", not optimizer.reads(key), f"another optimizer than {optimizer.name}")
+        for key in type(optimizer).model_fields
+    ]
+    for key, is_idle, remedy in without_effect:
+        if key in named and is_idle and key != "peft.use_peft":
+            raise UserError(f"{key}: has no effect here; leave it out, or use {remedy}")
