@@ -10,7 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LivePeak(TorchDispatchMode):
-    """The peak of the bytes of all tensors that operations have made and that still live."""
+    """The peak of the bytes of all tensors that operations have made and that still live.
+
+    Memory that was there before, such as a model's weights, does not count, nor do views of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,21 +21,26 @@ class LivePeak(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._note(tensor.untyped_storage(), counts=False)
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+        for tensor in _tensors(out):
+            self._note(tensor.untyped_storage(), counts=True)
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+    def _note(self, storage: torch.UntypedStorage, *, counts: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if counts else 0
         if key in self._seen:
             return
         self._seen.add(key)
-        self.live += storage.nbytes()
+        self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
+        weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -119,6 +119,10 @@ class _FactorOptimizer(torch.optim.Optimizer):
         self._factors = {id(factor) for pair in self.pairs for factor in (pair.A_RI, pair.B_OR)}
         self._workspace = Workspace()
 
+    def free_workspace(self) -> None:
+        """Gives back the few MB of memory that are kept from step to step."""
+        self._workspace = Workspace()
+
     def _update(self, group: dict[str, Any], parameters: list[Any], gradients: list[Tensor]) -> None:
         """The step of some parameters of one group along these gradients."""
         raise NotImplementedError

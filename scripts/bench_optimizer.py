@@ -104,8 +104,10 @@ class Method:
         return time.perf_counter() - begin
 
     def peak_bytes(self) -> int:
-        """What a step needs beyond what lives before and after it."""
+        """What a step needs beyond factors, gradients and moments."""
         self.prepare()
+        if isinstance(self.optimizer, ScaledAdamW):
+            self.optimizer.free_workspace()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -16,3 +16,12 @@ def test_the_meter_sees_the_peak_and_forgets_the_dead():
         assert meter.live == 8000
         del view
     assert (meter.live, meter.peak) == (4000, 8000)
+
+
+def test_what_was_there_before_does_not_count():
+    weight = torch.ones(100, 100)
+    with LivePeak() as meter:
+        view = weight.T[:10]
+        weight.add_(1)
+        total = view.sum()
+    assert meter.peak == total.numel() * 4
