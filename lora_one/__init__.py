@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_one.errors import UserError
     from lora_one.library import get_peft_model, preprocess_lora_one, preprocess_loraga
+    from lora_one.optimizers import LoraPro, ScaledAdamW, ScaledGD, factor_pairs
     from lora_one.settings import LoraConfig, LoraGAConfig, LoraOneConfig
 
 __version__ = "0.1.0"
@@ -19,7 +20,11 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraOneConfig",
+    "LoraPro",
+    "ScaledAdamW",
+    "ScaledGD",
     "UserError",
+    "factor_pairs",
     "get_peft_model",
     "preprocess_lora_one",
     "preprocess_loraga",
@@ -30,6 +35,7 @@ def __getattr__(name: str) -> Any:
     """The library when it is asked for: its imports take seconds, which a table of results need not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lora_one import errors, library, settings
+    from lora_one import errors, library, optimizers, settings
 
-    return next(getattr(place, name) for place in (errors, settings, library) if hasattr(place, name))
+    places = (errors, settings, library, optimizers)
+    return next(getattr(place, name) for place in places if hasattr(place, name))

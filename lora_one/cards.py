@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_one.config import InitConfig, ModelConfig, OptimizerConfig, PeftConfig
+from lora_one.config import PRECONDITIONED, InitConfig, ModelConfig, OptimizerConfig, PeftConfig
 from lora_one.records import RunRecord
 
 _TRAINING = (
@@ -18,7 +18,7 @@ _TRAINING = (
 _ADAPTER = ("lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules")
 # Shown where they are not at their defaults.
 _RARE = {
-    "model": ("quantization", "bf16", "weight_decay", "prec_reg"),
+    "model": ("quantization", "bf16", "weight_decay"),
     "peft": (
         "dora",
         "adalora",
@@ -108,9 +108,11 @@ def _settings(record: RunRecord) -> list[tuple[str, Any]]:
         mode = config["init"]["mode"]
         rows += [("init.mode", mode), *((f"init.{key}", config["init"][key]) for key in _INIT.get(mode, ()))]
     for group, keys in _RARE.items():
-        given = {key: config.get(group, {}).get(key) for key in keys}  # a record may be older than a key
-        defaults = {key: _SECTIONS[group].model_fields[key].default for key in keys}
-        rows += [(f"{group}.{k}", v) for k, v in given.items() if v is not None and v != defaults[k]]
+        fields = _SECTIONS[group].model_fields
+        rows += [(f"{group}.{k}", config[group][k]) for k in keys if config[group][k] != fields[k].default]
+    if config["optimizer"]["name"] in PRECONDITIONED:
+        damping = config["model"]["prec_reg"] or OptimizerConfig(**config["optimizer"]).default_damping
+        rows.append(("model.prec_reg", damping))
     if record.gradient:
         rows.append(("gradient sample", f"{record.gradient['n_examples']} examples"))
     return [*rows, ("seed", record.seed), ("steps", record.training.get("n_steps"))]

@@ -188,6 +188,11 @@ class OptimizerConfig(Section):
         """Whether it looks at pairs of factors."""
         return self.name in PRECONDITIONED
 
+    @property
+    def default_damping(self) -> float:
+        """δ where none is given: that of the method's authors."""
+        return 1e-8 if self.name == "lora_pro" else 1e-6
+
     def reads(self, key: str) -> bool:
         """Whether a key of this section has an effect."""
         if key == "form":
@@ -239,7 +244,7 @@ class ExperimentConfig(Section):
         """Short name of what is compared: ``full-ft``, ``lora``, ``LoRA-One``, ``LoRA-GA+dora``, …"""
         choice = self.optimizer
         optimizer: list[str] = [choice.name] * (choice.name != "adamw")
-        optimizer += [choice.form] * (choice.form != "classic")
+        optimizer += [choice.form] * (choice.reads("form") and choice.form != "classic")
         if not self.peft.use_peft:
             return "+".join(["full-ft", *optimizer])
         extras = [name for name in ("dora", "adalora") if getattr(self.peft, name)]
@@ -250,7 +255,7 @@ class ExperimentConfig(Section):
     @property
     def damping(self) -> float:
         """δ of the preconditioners: as given, or that of the method's authors."""
-        return self.model.prec_reg or (1e-8 if self.optimizer.name == "lora_pro" else 1e-6)
+        return self.model.prec_reg or self.optimizer.default_damping
 
     def gradient_start(self) -> GradientStart:
         """The settings of ``init.mode=gradient``."""
@@ -341,9 +346,14 @@ def result_settings(tree: dict[str, Any]) -> dict[str, Any]:
         node = settings if section == "" else settings.get(section, {})
         for key in keys:
             node.pop(key, None)
-    damping = tree.get("model", {}).get("prec_reg")
-    if damping is not None and tree.get("optimizer", {}).get("name") in PRECONDITIONED:
-        settings["model"]["prec_reg"] = damping
+    if "optimizer" in tree:
+        choice = OptimizerConfig.model_validate(tree["optimizer"])
+        settings["optimizer"] = {key: value for key, value in tree["optimizer"].items() if choice.reads(key)}
+        damping = tree.get("model", {}).get("prec_reg")
+        if choice.is_preconditioned and damping not in (None, choice.default_damping):
+            settings["model"]["prec_reg"] = damping
+        if not settings["optimizer"]:
+            del settings["optimizer"]
     if settings.get("peft", {}).get("use_peft") is False:
         settings.pop("init", None)
         settings["peft"] = {"use_peft": False}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
@@ -18,7 +19,6 @@ from lora_one.config import ExperimentConfig
 from lora_one.errors import UserError
 from lora_one.preconditioners import (
     Chunk,
-    FactorGroup,
     FactorPair,
     Form,
     Grams,
@@ -33,6 +33,7 @@ from lora_one.preconditioners import (
 
 PAPER_DAMPING, LORA_PRO_DAMPING = 1e-6, 1e-8
 _GroupOf = dict[int, dict[str, Any]]  # a parameter's id to its group
+_Groups = list[list[FactorPair]]  # of one rank, by shape
 
 
 def optimizer_class(config: ExperimentConfig, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict]:
@@ -73,9 +74,9 @@ def factor_pairs(model: nn.Module) -> list[FactorPair]:
     """The LoRA factors of a PEFT model's active adapters, layer by layer.
 
     Raises:
-        UserError: If there are none, or only one factor of a layer is trained.
+        UserError: If there are none, half a pair is trained, two layers share one, or one is no matrix.
     """
-    pairs = []
+    pairs: list[FactorPair] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -85,10 +86,18 @@ def factor_pairs(model: nn.Module) -> list[FactorPair]:
             A_RI, B_OR = (side[adapter].get_parameter("weight") for side in (layer.lora_A, layer.lora_B))
             if A_RI.requires_grad != B_OR.requires_grad:
                 raise UserError(f"{name}: only one of its LoRA factors is trained; preconditioners need both")
+            if A_RI.ndim != 2 or isinstance(layer, ParamWrapper):
+                raise UserError(f"{name}: its LoRA factors are no pair of matrices; use optimizer=adamw")
             if A_RI.requires_grad:
                 pairs.append(FactorPair(name, A_RI, B_OR, float(layer.scaling[adapter])))
     if not pairs:
         raise UserError("no LoRA factors are trained; use an adapter (peft=all), or optimizer=adamw")
+    owners: dict[int, str] = {}
+    for pair in pairs:
+        for factor in (pair.A_RI, pair.B_OR):
+            other = owners.setdefault(id(factor), pair.name)
+            if other != pair.name:
+                raise UserError(f"{pair.name}: shares a LoRA factor with {other}; use optimizer=adamw")
     return pairs
 
 
@@ -115,9 +124,15 @@ class _FactorOptimizer(torch.optim.Optimizer):
         self.pairs, self.damping, self.form = list(pairs), damping, form
         # In a group, so that it is saved and loaded with the state.
         self.param_groups[0].setdefault("n_escalated", 0)
-        self._batches = group_pairs(self.pairs)
-        self._factors = {id(factor) for pair in self.pairs for factor in (pair.A_RI, pair.B_OR)}
+        self._factors = {id(factor): pair for pair in self.pairs for factor in (pair.A_RI, pair.B_OR)}
+        given = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        for factor, pair in self._factors.items():
+            if factor not in given:
+                raise UserError(f"{pair.name}: a LoRA factor of its pair is not among the parameters")
         self._workspace = Workspace()
+
+    def __getstate__(self) -> Any:
+        raise TypeError("cannot be copied or pickled; make another one and load this one's state_dict")
 
     def free_workspace(self) -> None:
         """Gives back the few MB of memory that are kept from step to step."""
@@ -135,20 +150,29 @@ class _FactorOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        for groups in self._batches:
+        batches = group_pairs(self.pairs)
+        for groups in batches:
             grams, n_escalated = damped_grams(groups, self.damping)
-            self.param_groups[0]["n_escalated"] += n_escalated
+            self.param_groups[0]["n_escalated"] = self.param_groups[0].get("n_escalated", 0) + n_escalated
             for factors, gradients in self._preconditioned(groups, grams, group_of):
                 self._step_factors(factors, gradients, group_of)
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in self._factors]
+            if others and not batches:
+                raise UserError(
+                    "no LoRA factor has a gradient, but other parameters have: the optimiser was made for "
+                    "factors that are trained no more; make it after loading and set_adapter"
+                )
             if others:
                 self._update(group, others, [p.grad for p in others])
         return loss
 
-    def _preconditioned(self, groups: list[FactorGroup], grams: Grams, group_of: _GroupOf) -> Iterator[Chunk]:
-        on_cpu = grams.of_A_PRR.device.type == "cpu"
-        yield from preconditioned(groups, grams, self.form, self._workspace, one_by_one=on_cpu)
+    def _preconditioned(self, groups: _Groups, grams: Grams, group_of: _GroupOf) -> Iterator[Chunk]:
+        one_by_one = self._one_by_one(grams.of_A_PRR.device)
+        yield from preconditioned(groups, grams, self.form, self._workspace, one_by_one=one_by_one)
+
+    def _one_by_one(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def _step_factors(self, factors: list[Any], gradients: list[Tensor], group_of: _GroupOf) -> None:
         by_group: dict[int, tuple[list[Any], list[Tensor]]] = {}
@@ -291,9 +315,10 @@ class LoraPro(ScaledAdamW):
     ) -> None:
         super().__init__(params, pairs, lr=lr, damping=damping, form="sylvester", **settings)
 
-    def _preconditioned(self, groups: list[FactorGroup], grams: Grams, group_of: _GroupOf) -> Iterator[Chunk]:
-        for part in parts_of(groups, one_by_one=True):
-            (pair,), own = part.pairs, grams.at(part.rows)
+    def _preconditioned(self, groups: _Groups, grams: Grams, group_of: _GroupOf) -> Iterator[Chunk]:
+        parts = [part for group in groups for part in parts_of(group, one_by_one=True)]
+        for row, part in enumerate(parts):
+            (pair,), own = part.pairs, grams.at(row)
             group, s = group_of[id(pair.B_OR)], pair.scaling
             products = part.grad_A @ part.A.T / s**2, part.B.T @ part.grad_B / s**2
             one_sided = mixing(own, "one_sided", *products)
@@ -310,6 +335,16 @@ class LoraPro(ScaledAdamW):
             group = group_of[id(factor)]
             factor.mul_(1 - group["lr"] * group["weight_decay"])
             factor.add_(direction.to(factor.dtype), alpha=-group["lr"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the moments of factors keep their float32."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            if id(parameter) in self._factors and index in state_dict["state"]:
+                for name, value in state_dict["state"][index].items():
+                    self.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
 
     def _adam(self, key: nn.Parameter, G_OI: Tensor, group: dict[str, Any]) -> Tensor:
         """Adam's direction for the equivalent gradient; its moments are kept with the factor B."""

@@ -13,6 +13,7 @@ direction, the gradient of ``B A`` projected on the tangent space of the matrice
 between the factors in different ways.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from lora_one.errors import UserError
 
 Form = Literal["classic", "symmetric", "sylvester"]
 
-# Below this share of the largest entry, a pivot is mostly float32's rounding.
+# Below this share of its diagonal entry, a pivot is mostly float32's rounding.
 _SMALLEST_PIVOT = 1e-6
 # Numbers in a chunk: 4 MiB of preconditioned gradients stay in a CPU's cache until they are used.
 _CHUNK = 2**20
@@ -38,49 +39,27 @@ class FactorPair(NamedTuple):
     scaling: float
 
 
-class FactorGroup:
-    """Pairs of one shape, whose factors lie side by side in memory: one product for all of them.
+def group_pairs(pairs: Sequence[FactorPair]) -> list[list[list[FactorPair]]]:
+    """The pairs that have gradients, by rank and device (one batch of r x r systems), within that by shape.
 
-    The parameters become views of two tensors, (P, r, in) and (P, out, r); their values stay.
+    Raises:
+        UserError: If only one of two factors has a gradient, or factors are fp16.
     """
-
-    def __init__(self, pairs: Sequence[FactorPair]) -> None:
-        self.pairs = list(pairs)
-        self._sides = [_Side([pair.A_RI for pair in pairs]), _Side([pair.B_OR for pair in pairs])]
-
-    def stacks(self) -> list[Tensor]:
-        """All A and all B."""
-        return [side.stack() for side in self._sides]
-
-
-class _Side:
-    def __init__(self, factors: list[nn.Parameter]) -> None:
-        self.factors = factors
-        self._gather()
-
-    def stack(self) -> Tensor:
-        """All in one tensor, made anew where somebody has given a factor another place."""
-        if [factor.data_ptr() for factor in self.factors] != self._places:
-            self._gather()
-        return self._stack
-
-    def _gather(self) -> None:
-        self._stack = torch.stack([factor.data for factor in self.factors])
-        for factor, part in zip(self.factors, self._stack, strict=True):
-            factor.data = part
-        self._places = [factor.data_ptr() for factor in self.factors]
-
-
-def group_pairs(pairs: Sequence[FactorPair]) -> list[list[FactorGroup]]:
-    """The pairs by rank and device, whose r x r systems are one batch, and within these by shape."""
-    by_shape: dict[Any, list[FactorPair]] = {}
+    batches: dict[Any, dict[Any, list[FactorPair]]] = {}
     for pair in pairs:
-        key = (len(pair.A_RI), pair.A_RI.device, pair.A_RI.dtype, pair.A_RI.shape, pair.B_OR.shape)
-        by_shape.setdefault(key, []).append(pair)
-    batches: dict[Any, list[FactorGroup]] = {}
-    for key, found in by_shape.items():
-        batches.setdefault(key[:2], []).append(FactorGroup(found))
-    return list(batches.values())
+        A_RI, B_OR = pair.A_RI, pair.B_OR
+        if (A_RI.grad is None) != (B_OR.grad is None):
+            raise UserError(
+                f"{pair.name}: only one of its LoRA factors has a gradient; preconditioners need both"
+            )
+        if torch.float16 in (A_RI.dtype, B_OR.dtype):
+            raise UserError(
+                f"{pair.name}: preconditioned gradients overflow in fp16; use fp32 or bf16 factors"
+            )
+        if A_RI.grad is not None:
+            groups = batches.setdefault((len(A_RI), A_RI.device), {})
+            groups.setdefault((A_RI.shape, B_OR.shape, A_RI.dtype, B_OR.dtype), []).append(pair)
+    return [list(groups.values()) for groups in batches.values()]
 
 
 class Grams(NamedTuple):
@@ -91,16 +70,16 @@ class Grams(NamedTuple):
     inverse_A_PRR: Tensor
     inverse_B_PRR: Tensor
 
-    def at(self, rows: int | list[int]) -> "Grams":
+    def at(self, rows: int | slice) -> "Grams":
         """Those of one pair, without the leading dimension, or of some."""
         return Grams(*(part[rows] for part in self))
 
 
-def damped_grams(groups: Sequence[FactorGroup], damping: float) -> tuple[Grams, int]:
+def damped_grams(groups: Sequence[Sequence[FactorPair]], damping: float) -> tuple[Grams, int]:
     """The matrices of all pairs of some groups of one rank, in their order.
 
-    One that is singular to float32, or nearly, is damped by 1e-7 of its mean eigenvalue more, then tenfold
-    each time.
+    Where float32 calls one singular (scaled to a diagonal of ones, a pivot is below 1e-6), each diagonal
+    entry grows by 1e-7 of itself, then tenfold each time.
 
     Returns:
         The matrices, and how many of the 2P needed more damping than δ.
@@ -108,17 +87,20 @@ def damped_grams(groups: Sequence[FactorGroup], damping: float) -> tuple[Grams, 
     Raises:
         UserError: If a factor is not finite, naming its layer.
     """
-    stacks = [group.stacks() for group in groups]
-    A, B = ([float32(both[side]) for both in stacks] for side in (0, 1))
-    gram_QRR = torch.cat([*(A_PRI @ A_PRI.mT for A_PRI in A), *(B_POR.mT @ B_POR for B_POR in B)])
+    gram_QRR = torch.cat([_products_with_itself(group, side) for side in (1, 2) for group in groups])
     gram_QRR.diagonal(dim1=-2, dim2=-1).add_(damping)
-    L_QRR, is_good_Q = _cholesky(gram_QRR)
+    root_QR = gram_QRR.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale_QRR = root_QR[:, :, None] * root_QR[:, None, :]
+    scaled_QRR = gram_QRR / scale_QRR
+    L_QRR, is_good_Q = _cholesky(scaled_QRR)
     bad_E = (~is_good_Q).nonzero().flatten()
     if len(bad_E):
-        names = [pair.name for group in groups for pair in group.pairs] * 2
+        names = [pair.name for group in groups for pair in group] * 2
         of_bad = [names[index] for index in bad_E.tolist()]
-        gram_QRR[bad_E], L_QRR[bad_E] = _damp(gram_QRR[bad_E], of_bad)
-    return Grams(*gram_QRR.chunk(2), *torch.cholesky_inverse(L_QRR).chunk(2)), len(bad_E)
+        scaled_QRR[bad_E], L_QRR[bad_E] = _damp(scaled_QRR[bad_E], of_bad)
+        gram_QRR = scaled_QRR * scale_QRR
+    inverse_QRR = torch.cholesky_inverse(L_QRR) / scale_QRR
+    return Grams(*gram_QRR.chunk(2), *inverse_QRR.chunk(2)), len(bad_E)
 
 
 class Mixing(NamedTuple):
@@ -143,17 +125,10 @@ class Mixing(NamedTuple):
         mixed = _product(grad_B, self.inverse_A, out)
         return mixed if self.along_B is None else _subtract(mixed, B, self.along_B)
 
-    def at_each(self, parts: Sequence["Part"]) -> list["Mixing"]:
-        """Those of each part."""
-        columns: list[list[Any]] = []
-        for matrices in self:
-            if matrices is None:
-                columns.append([None] * len(parts))
-                continue
-            # Indexing a list is much cheaper than indexing a tensor for every pair.
-            rows = matrices.unbind() if all(isinstance(part.rows, int) for part in parts) else matrices
-            columns.append([rows[part.rows] for part in parts])
-        return [Mixing(*own) for own in zip(*columns, strict=True)]
+    def of_each(self) -> list["Mixing"]:
+        """Those of each pair, without the leading dimension."""
+        columns: list[Any] = [itertools.repeat(None) if part is None else part.unbind() for part in self]
+        return [Mixing(*own) for own in zip(*columns, strict=False)]
 
 
 def mixing(
@@ -181,29 +156,20 @@ def mixing(
 
 
 class Part(NamedTuple):
-    """What is computed in one go: one pair, or all of a shape with a leading dimension; float32."""
+    """What is computed in one go: one pair, or all of a group with a leading dimension; float32."""
 
-    pairs: list[FactorPair]
-    rows: Any  # of these pairs in the r x r matrices: a number, or a list of them
+    pairs: Sequence[FactorPair]
     A: Tensor
     B: Tensor
     grad_A: Tensor
     grad_B: Tensor
 
 
-def parts_of(groups: Sequence[FactorGroup], *, one_by_one: bool) -> list[Part]:
-    """The pairs of some groups that have gradients."""
-    parts, first = [], 0
-    for group in groups:
-        active = [(first + n, pair) for n, pair in enumerate(group.pairs) if _has_gradients(pair)]
-        first += len(group.pairs)
-        if one_by_one:
-            parts += [Part([pair], row, *map(float32, _tensors(pair))) for row, pair in active]
-        elif active:
-            rows, pairs = [row for row, _ in active], [pair for _, pair in active]
-            stacked = map(torch.stack, zip(*map(_tensors, pairs), strict=True))
-            parts.append(Part(pairs, rows, *map(float32, stacked)))
-    return parts
+def parts_of(group: Sequence[FactorPair], *, one_by_one: bool) -> list[Part]:
+    """The pairs of a group one by one, or all of them as one part."""
+    if one_by_one:
+        return [Part([pair], *map(float32, _tensors(pair))) for pair in group]
+    return [Part(group, *(float32(torch.stack(side)) for side in zip(*map(_tensors, group), strict=True)))]
 
 
 class Workspace:
@@ -213,8 +179,8 @@ class Workspace:
         self._buffers: dict[Any, Tensor] = {}
 
     def like(self, tensor: Tensor, number: int) -> Tensor:
-        """The buffer of that number and shape."""
-        key = (number, tensor.shape)
+        """The buffer of that number for such a tensor."""
+        key = (number, tensor.shape, tensor.dtype, tensor.device)
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(tensor)
         return self._buffers[key]
@@ -224,9 +190,14 @@ Chunk = tuple[list[nn.Parameter], list[Tensor]]
 
 
 def preconditioned(
-    groups: Sequence[FactorGroup], grams: Grams, form: Form, workspace: Workspace, *, one_by_one: bool
+    groups: Sequence[Sequence[FactorPair]],
+    grams: Grams,
+    form: Form,
+    workspace: Workspace,
+    *,
+    one_by_one: bool,
 ) -> Iterator[Chunk]:
-    """Factors and their preconditioned gradients, a few at a time.
+    """Factors and their preconditioned gradients, float32, a few at a time.
 
     Each chunk has to be used before the next is asked for: on a CPU its memory is used again.
 
@@ -237,25 +208,25 @@ def preconditioned(
         workspace: Kept from step to step.
         one_by_one: Pair by pair, for the sake of a CPU's cache, and not all of a shape at once.
     """
-    parts = parts_of(groups, one_by_one=one_by_one)
-    products: list[Tensor] = []
-    if form != "classic":
-        products = [torch.zeros_like(grams.of_A_PRR) for _ in range(2)]
-        for part in parts:
-            products[0][part.rows] = part.grad_A @ part.A.mT
-            products[1][part.rows] = part.B.mT @ part.grad_B
     factors: list[nn.Parameter] = []
     gradients: list[Tensor] = []
-    size = 0
-    for part, own in zip(parts, mixing(grams, form, *products).at_each(parts), strict=True):
-        outs = [workspace.like(g, len(factors)) if one_by_one else None for g in (part.grad_A, part.grad_B)]
-        of_A, of_B = own.of_A(part.A, part.grad_A, outs[0]), own.of_B(part.B, part.grad_B, outs[1])
-        factors += [pair.A_RI for pair in part.pairs] + [pair.B_OR for pair in part.pairs]
-        gradients += [of_A, of_B] if one_by_one else [*of_A.unbind(), *of_B.unbind()]
-        size += of_A.numel() + of_B.numel()
-        if size > _CHUNK:
-            yield factors, gradients
-            factors, gradients, size = [], [], 0
+    first, size = 0, 0
+    for group in groups:
+        own_grams, first = grams.at(slice(first, first + len(group))), first + len(group)
+        parts = parts_of(group, one_by_one=one_by_one)
+        products = _products_with_gradients(parts, own_grams) if form != "classic" else ()
+        mixed = mixing(own_grams, form, *products)
+        for part, own in zip(parts, mixed.of_each() if one_by_one else [mixed], strict=True):
+            outs: list[Tensor | None] = [None, None]
+            if one_by_one:
+                outs = [workspace.like(g, len(factors) + n) for n, g in enumerate((part.grad_A, part.grad_B))]
+            of_A, of_B = own.of_A(part.A, part.grad_A, outs[0]), own.of_B(part.B, part.grad_B, outs[1])
+            factors += [pair.A_RI for pair in part.pairs] + [pair.B_OR for pair in part.pairs]
+            gradients += [of_A, of_B] if one_by_one else [*of_A.unbind(), *of_B.unbind()]
+            size += of_A.numel() + of_B.numel()
+            if size > _CHUNK:
+                yield factors, gradients
+                factors, gradients, size = [], [], 0
     if factors:
         yield factors, gradients
 
@@ -273,13 +244,30 @@ def float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float32 else tensor.float()
 
 
-def _has_gradients(pair: FactorPair) -> bool:
-    return pair.A_RI.grad is not None and pair.B_OR.grad is not None
-
-
 def _tensors(pair: FactorPair) -> tuple[Tensor, ...]:
     assert pair.A_RI.grad is not None and pair.B_OR.grad is not None
     return pair.A_RI.data, pair.B_OR.data, pair.A_RI.grad, pair.B_OR.grad
+
+
+def _products_with_itself(group: Sequence[FactorPair], side: int) -> Tensor:
+    """``A Aᵀ`` (side 1) or ``Bᵀ B`` (side 2) of each pair."""
+    factors = [pair.A_RI.data if side == 1 else pair.B_OR.data.T for pair in group]
+    if factors[0].device.type != "cpu":
+        stack = float32(torch.stack(factors))
+        return stack @ stack.mT
+    rank = len(factors[0])
+    products = torch.empty(len(group), rank, rank)
+    for factor, out in zip(map(float32, factors), products.unbind(), strict=True):
+        torch.mm(factor, factor.T, out=out)
+    return products
+
+
+def _products_with_gradients(parts: Sequence[Part], grams: Grams) -> tuple[Tensor, Tensor]:
+    """``g_A Aᵀ`` and ``Bᵀ g_B`` of each pair."""
+    gA_At = [part.grad_A @ part.A.mT for part in parts]
+    Bt_gB = [part.B.mT @ part.grad_B for part in parts]
+    shape = grams.of_A_PRR.shape
+    return torch.stack(gA_At).view(shape), torch.stack(Bt_gB).view(shape)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
@@ -294,22 +282,19 @@ def _subtract(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return target.baddbmm_(left, right, alpha=-1)
 
 
-def _cholesky(gram_QRR: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors, and which of them can be trusted."""
-    L_QRR, failed_Q = torch.linalg.cholesky_ex(gram_QRR)
+def _cholesky(scaled_QRR: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of matrices with a diagonal of about one, and which of them can be trusted."""
+    L_QRR, failed_Q = torch.linalg.cholesky_ex(scaled_QRR)
     pivots_QR = L_QRR.diagonal(dim1=-2, dim2=-1).square()
-    largest_Q = gram_QRR.diagonal(dim1=-2, dim2=-1).amax(-1)
-    return L_QRR, (failed_Q == 0) & (pivots_QR.amin(-1) > _SMALLEST_PIVOT * largest_Q)
+    return L_QRR, (failed_Q == 0) & (pivots_QR.amin(-1) > _SMALLEST_PIVOT)
 
 
-def _damp(gram_ERR: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _damp(scaled_ERR: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """The matrices with enough damping, and their Cholesky factors."""
-    mean_E11 = gram_ERR.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye_RR = torch.eye(gram_ERR.shape[-1]).to(gram_ERR)
-    damped_ERR, L_ERR = gram_ERR.clone(), torch.empty_like(gram_ERR)
-    is_bad_E = torch.ones(len(gram_ERR), dtype=torch.bool, device=gram_ERR.device)
+    eye_RR = torch.eye(scaled_ERR.shape[-1]).to(scaled_ERR)
+    damped_ERR, is_bad_E = scaled_ERR.clone(), torch.ones_like(scaled_ERR[:, 0, 0], dtype=torch.bool)
     for exponent in range(-7, 1):
-        damped_ERR[is_bad_E] = (gram_ERR + eye_RR * mean_E11 * 10.0**exponent)[is_bad_E]
+        damped_ERR[is_bad_E] = (scaled_ERR + eye_RR * 10.0**exponent)[is_bad_E]
         L_ERR, is_good_E = _cholesky(damped_ERR)
         is_bad_E = ~is_good_E
         if not is_bad_E.any():

@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 
 from lora_one import __version__
-from lora_one.config import ExperimentConfig, result_identity
+from lora_one.config import ExperimentConfig, Section, result_identity
 from lora_one.errors import UserError
 from lora_one.files import write_text
 
@@ -126,7 +126,22 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: damaged; remove the run folder, or restore the file") from None
     if not isinstance(record, dict) or "status" not in record:
         raise UserError(f"{path}: not a run record; remove the run folder, or restore the file")
+    record["config"] = with_defaults(record.get("config", {}))
     return record
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the keys that are younger than it, at their defaults: what it was run with."""
+    filled = dict(config)
+    for name, entry in ExperimentConfig.model_fields.items():
+        section = entry.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys = section.model_fields.items()
+            defaults = {key: of_key.default for key, of_key in keys if not of_key.is_required()}
+            filled[name] = defaults | filled.get(name, {})
+        elif not entry.is_required():
+            filled.setdefault(name, entry.default)
+    return filled
 
 
 class RunLock:

@@ -161,7 +161,6 @@ def train(
         pad_id=pad_id,
         processes=processes,
         config=config,
-        optimizer_cls_and_kwargs=optimizer_class(config, model),
     )
     if config.peft.adalora:
         trainer.add_callback(_AdaLora())
@@ -185,7 +184,7 @@ def train(
         seconds=round(seconds_before + seconds, 3),
         tokens_per_second=_tokens_between(sampler, resumed_from, trainer.state.global_step) / seconds,
         resumed_from_step=resumed_from,
-        escalated_dampings=n_escalated(trainer.optimizer),
+        escalated_dampings=_escalated(trainer, checkpoint),
     )
 
 
@@ -299,11 +298,13 @@ class _WindowTrainer(Trainer):
             parameter.data = parameter.data.to(dtypes[name])
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
-        if not self.config.peft.use_loraplus or self.optimizer is not None:
-            return super().create_optimizer(*arguments)
-        adapted: Any = self.model
-        self.optimizer = loraplus_optimizer(self.config, adapted)
-        return self.optimizer
+        # Not earlier: loading a checkpoint may put other parameters in the factors' place.
+        if self.optimizer is None:
+            adapted: Any = self.model
+            self.optimizer_cls_and_kwargs = optimizer_class(self.config, adapted)
+            if self.config.peft.use_loraplus:
+                self.optimizer = loraplus_optimizer(self.config, adapted)
+        return super().create_optimizer(*arguments)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(
@@ -457,6 +458,14 @@ def _final_validation_loss(trainer: Trainer) -> float:
 
 def _last(history: list[dict[str, float]], key: str) -> float:
     return next((entry[key] for entry in reversed(history) if key in entry), float("nan"))
+
+
+def _escalated(trainer: Trainer, checkpoint: Path | None) -> int | None:
+    """Of this start's optimiser; where training had ended before, of the last checkpoint's."""
+    if trainer.optimizer is not None or checkpoint is None:
+        return n_escalated(trainer.optimizer)
+    (first, *_) = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
+    return first.get("n_escalated")
 
 
 def _tokens_between(sampler: WindowSampler, first_step: int, last_step: int) -> int:

@@ -4,12 +4,21 @@ import re
 import shlex
 import sys
 
+import peft
 import pytest
 import torch
 from conftest import EMBEDDED, ROOT, SHARED, run_program
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 PROGRAMS = re.findall(
     r"^```python\n(.*?)^```", (ROOT / "docs/library.md").read_text(), re.DOTALL | re.MULTILINE
@@ -121,19 +130,54 @@ def test_pefts_published_quick_start_with_its_import_lines_and_names_changed(gpt
         assert torch.allclose(travelled(input_ids=ids).logits, expected, atol=1e-4)
 
 
-GRADIENTS = (ROOT / "docs/gradients.md").read_text()
-COMMANDS = [
-    shlex.split(line.strip())
-    for block in re.findall(r"^ *```sh\n(.*?)^ *```", GRADIENTS, re.DOTALL | re.MULTILINE)
-    for line in block.splitlines()
-]
+def commands_of(page: str) -> list[list[str]]:
+    return [
+        shlex.split(line.strip(), comments=True)
+        for block in re.findall(r"^ *```sh\n(.*?)^ *```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+    ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", commands_of("docs/optimizers.md"), ids=" ".join)
+def test_commands_on_optimizers(command, cli):
+    assert command[:2] == ["python", "run_exp.py"]
+    done = cli(*command[2:], "debug=short")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_optimiser_in_a_script_of_ones_own(tmp_path):
+    (program,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/optimizers.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(EMBEDDED), peft.LoraConfig(r=4))
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True)
+    ids = torch.arange(3, 60).view(3, 19).tolist()
+    scope = run(
+        program,
+        peft_model=model,
+        training_arguments=arguments,
+        dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        Trainer=Trainer,
+    )
+    scope["trainer"].train()
+    assert scope["optimizer"].form == "symmetric"
+    assert all(float(pair.B_OR.abs().max()) > 0 for pair in scope["optimizer"].pairs)
+
+
+@pytest.mark.parametrize("command", commands_of("docs/gradients.md"), ids=" ".join)
 def test_commands_on_gradients(command, cli, tmp_path):
     assert command[0] == "python"
     if command[1] == "run_exp.py":
         assert cli(*command[2:], "dry_run=true").returncode == 0
+        return
+    if command[1] == "scripts/compare_estimators.py":
+        # That of the curves needs the runs of the line before: tests/test_compare_estimators.py.
+        small = ["dataset.train_size=256"] if command[2] == "accuracy" else []
+        done = run_program(
+            sys.executable, *command[1:3], *small, *(command[3:] if small else [str(tmp_path)])
+        )
+        assert done.returncode == (0 if small else 2), done.stderr
         return
     assert cli("debug=short").returncode == 0
     arguments = [a.replace("results/", f"{tmp_path}/results/") for a in command[2:]]

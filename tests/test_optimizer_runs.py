@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from test_training import Interrupted, curve, fit
 
 from lora_one import training
-from lora_one.config import ExperimentConfig
-from lora_one.optimizers import LoraPro, ScaledAdamW
+from lora_one.config import ExperimentConfig, result_identity
+from lora_one.optimizers import LoraPro, ScaledAdamW, optimizer_class
 from lora_one.processes import start_processes
+from lora_one.records import read_record
 
 NAMES = ["scaled_gd", "scaled_adamw", "lora_pro"]
 
@@ -76,12 +77,19 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
         np.testing.assert_allclose(curve(tmp_path / "two" / name), curve(tmp_path / "one" / name), rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_interrupted_run_ends_with_the_same_bits(name, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(name, dtype, tmp_path, monkeypatch):
+    def model():
+        made = adapted(dropout=0.3)
+        for parameter in made.parameters():
+            parameter.data = parameter.data.to(dtype if parameter.requires_grad else parameter.dtype)
+        return made
+
     settings = config(name, save_steps=3, optimizer={"momentum": 0.9} if name == "scaled_gd" else {})
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole, _ = fit(tmp_path / "whole", settings, adapted(dropout=0.3))
+    whole, _ = fit(tmp_path / "whole", settings, model())
     log = training._Log.on_log
 
     def stop_after_a_checkpoint(self, args, state, control, **kwargs):
@@ -92,12 +100,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(training._Log, "on_log", stop_after_a_checkpoint)
         with pytest.raises(Interrupted):
-            fit(tmp_path / "cut", settings, adapted(dropout=0.3))
+            fit(tmp_path / "cut", settings, model())
     torch.manual_seed(123)
-    resumed, result = fit(tmp_path / "cut", settings, adapted(dropout=0.3))
+    resumed, result = fit(tmp_path / "cut", settings, model())
     assert result.resumed_from_step == 6
     for (parameter, one), (_, two) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert one.dtype == two.dtype, parameter
         assert torch.equal(one, two), parameter
+    _, again = fit(tmp_path / "cut", settings, model())
+    assert again.escalated_dampings == result.escalated_dampings == 0  # also where nothing is left to train
 
 
 def trainer_of(monkeypatch, tmp_path, settings: ExperimentConfig):
@@ -201,6 +212,31 @@ def test_damping_belongs_to_the_run_only_where_it_is_read(cli):
 
     assert folder("model.prec_reg=0.1") == folder()
     assert folder("optimizer=scaled_gd", "model.prec_reg=0.1") != folder("optimizer=scaled_gd")
+    assert folder("optimizer=scaled_gd", "model.prec_reg=1e-6") == folder("optimizer=scaled_gd")
+    assert folder("optimizer=lora_pro", "model.prec_reg=1e-8") == folder("optimizer=lora_pro")
+
+
+def test_settings_that_the_optimiser_does_not_read_make_no_other_run():
+    tree = {"dataset": {"name": "tiny"}, "model": {"name": "x"}}
+    plain, idle = (
+        ExperimentConfig.model_validate(tree | {"optimizer": settings})
+        for settings in ({"name": "sgd"}, {"name": "sgd", "form": "symmetric", "beta1": 0.5})
+    )
+    assert result_identity(plain) == result_identity(idle)
+    assert plain.method == idle.method == "LoRA-One+sgd"
+    assert result_identity(ExperimentConfig.model_validate(tree)) == result_identity(
+        ExperimentConfig.model_validate(tree | {"optimizer": {"momentum": 0.9}})
+    )
+
+
+def test_a_record_older_than_a_key_has_its_default(cli, tmp_path):
+    assert cli("debug=short").returncode == 0
+    folder = only_run(tmp_path / "results")
+    now = read_record(folder)
+    record = json.loads((folder / "record.json").read_text())
+    del record["config"]["optimizer"], record["config"]["model"]["device_map"]
+    (folder / "record.json").write_text(json.dumps(record))
+    assert read_record(folder)["config"] == now["config"]
 
 
 def test_a_plain_run_without_peft_takes_sgd(tmp_path):
@@ -220,5 +256,6 @@ def test_a_plain_run_without_peft_takes_sgd(tmp_path):
     )
     _, result = fit(tmp_path, settings, small_llama().requires_grad_(True))
     assert result.escalated_dampings is None
+    assert optimizer_class(settings, small_llama())[0] is torch.optim.SGD
     losses = curve(tmp_path)
     assert sum(losses[-6:]) < sum(losses[:6])

@@ -5,10 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import small_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from lora_one import preconditioners
 from lora_one.errors import UserError
 from lora_one.optimizers import LoraPro, ScaledAdamW, ScaledGD, factor_pairs, n_escalated
 from lora_one.preconditioners import (
@@ -278,6 +280,16 @@ def test_scaled_gd_does_not_see_which_factors_make_the_product(form):
     assert difference(damped, weight_step(moved(layer(), mixing(8.0)), 5.0, form)) > 0.05
 
 
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_nor_does_a_whole_step_without_damping(form):
+    products = []
+    for pair in (layer(), moved(layer(), mixing(8.0))):
+        gradients(pair, weight_gradients(1)[0])
+        ScaledGD([*pair[1:3]], [pair], lr=0.3, damping=1e-12, form=form).step()
+        products.append((pair.B_OR @ pair.A_RI).detach())
+    assert difference(*products) < 1e-3
+
+
 def test_scaled_adamw_does():
     """Adam's division goes entry by entry."""
     steps = []
@@ -343,7 +355,7 @@ def test_it_converges_on_an_ill_conditioned_factorisation_where_the_others_stall
         for lr in rates
     )
     assert ours < 1e-6
-    assert min(gd, adam) > 30 * ours
+    assert min(gd, adam) > 1000 * ours
 
 
 # ---- numbers that go wrong, and precision
@@ -367,16 +379,26 @@ def test_a_matrix_that_is_nearly_singular_is_damped_more_and_counted():
     assert n_escalated(torch.optim.AdamW([*pair[1:3]])) is None
 
 
-def test_damping_grows_tenfold_from_1e_7_of_the_mean_eigenvalue():
-    pair = layer()
+def test_damping_grows_tenfold_from_1e_7_of_each_diagonal_entry():
+    pair = layer_with_gradients()
     with torch.no_grad():
-        pair.A_RI.copy_(pair.A_RI[:1].expand(R, -1) * 100)
-    exact = pair.A_RI @ pair.A_RI.T
+        pair.A_RI.copy_(pair.A_RI[:1] * torch.tensor([[100.0], [1.0], [0.1], [10.0]]))
+    exact = (pair.A_RI @ pair.A_RI.T).detach()
     ((group,),) = group_pairs([pair])
     found, n_more = damped_grams([group], 1e-9)
-    added = (found.of_A_PRR[0] - exact).diagonal() / exact.diagonal().mean()
+    added = (found.of_A_PRR[0] - exact).diagonal() / exact.diagonal()
     assert n_more == 1
     assert any(torch.allclose(added, torch.full((R,), 10.0**k), rtol=0.3) for k in range(-7, -3))
+
+
+def test_rows_of_very_different_size_are_no_reason_for_damping():
+    pair = layer_with_gradients()
+    with torch.no_grad():
+        pair.A_RI.copy_(torch.eye(R, N_IN) * torch.tensor([[1.0], [1.0], [1.0], [1e-4]]))
+    ((group,),) = group_pairs([pair])
+    found, n_more = damped_grams([group], 1e-12)
+    assert n_more == 0
+    assert torch.allclose(found.inverse_A_PRR[0].diagonal(), torch.tensor([1.0, 1.0, 1.0, 1e8]), rtol=1e-3)
 
 
 def test_factors_that_are_not_finite_are_named():
@@ -432,6 +454,127 @@ def test_models_without_pairs_are_refused():
     model.base_model.model.model.layers[1].self_attn.k_proj.lora_A["default"].weight.requires_grad_(False)
     with pytest.raises(UserError, match="k_proj: only one of its LoRA factors is trained"):
         factor_pairs(model)
+
+
+def test_square_factors_are_not_mixed_up():
+    """An r x r layer: A and B have one shape."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = (nn.Parameter(torch.randn(R, R, generator=generator)) for _ in range(2))
+    A.grad, B.grad = (torch.randn(R, R, generator=generator) for _ in range(2))
+    expected = reference(*float64(A, B, A.grad, B.grad), 1e-6, "symmetric")
+    precondition_([FactorPair("square", A, B, 1.0)], 1e-6, "symmetric")
+    assert_close(A.grad, expected[0], 1e-3)
+    assert_close(B.grad, expected[1], 1e-3)
+
+
+@pytest.mark.parametrize("numbers", [1, 100, 2**20])
+def test_many_layers_in_chunks_of_any_size(numbers, monkeypatch):
+    """Buffers are used again from chunk to chunk."""
+    monkeypatch.setattr(preconditioners, "_CHUNK", numbers)
+    pairs = [layer(seed) for seed in range(5)]
+    alone = [layer(seed) for seed in range(5)]
+    together = ScaledAdamW([p for pair in pairs for p in pair[1:3]], pairs, lr=0.01)
+    apart = [ScaledAdamW([*pair[1:3]], [pair], lr=0.01) for pair in alone]
+    for step in range(3):
+        for number in range(5):
+            for pair in (pairs[number], alone[number]):
+                gradients(pair, weight_gradients(1, seed=10 * step + number)[0])
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+    for pair, other in zip(pairs, alone, strict=True):
+        assert torch.equal(pair.A_RI, other.A_RI)
+        assert torch.equal(pair.B_OR, other.B_OR)
+
+
+@pytest.mark.parametrize("made", [ScaledGD, ScaledAdamW])
+def test_all_at_once_is_pair_by_pair(made, monkeypatch):
+    """The way of a GPU, taken on the CPU."""
+    found = []
+    for one_by_one in (True, False):
+        pairs = [layer(seed) for seed in range(4)]
+        optimizer = made([p for pair in pairs for p in pair[1:3]], pairs, lr=0.01, form="symmetric")
+        monkeypatch.setattr(optimizer, "_one_by_one", lambda device, answer=one_by_one: answer)
+        for step in range(3):
+            for number, pair in enumerate(pairs):
+                gradients(pair, weight_gradients(1, seed=10 * step + number)[0])
+            optimizer.step()
+        found.append([factor.detach() for pair in pairs for factor in pair[1:3]])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_no_optimiser_of_pairs_can_do_is_named():
+    pair = layer_with_gradients()
+    with pytest.raises(UserError, match="layer: a LoRA factor of its pair is not among the parameters"):
+        ScaledGD([pair.B_OR], [pair], lr=0.1)
+    optimizer = ScaledAdamW([*pair[1:3]], [pair], lr=0.1)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+    pair.A_RI.grad = None
+    with pytest.raises(UserError, match="layer: only one of its LoRA factors has a gradient"):
+        optimizer.step()
+    half = layer(dtype=torch.float16)
+    gradients(half, weight_gradients(1)[0])
+    with pytest.raises(UserError, match="layer: preconditioned gradients overflow in fp16"):
+        ScaledGD([*half[1:3]], [half], lr=0.1).step()
+
+
+def test_an_optimiser_of_factors_that_are_trained_no_more_says_so():
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    optimizer = ScaledAdamW(model.parameters(), factor_pairs(model), lr=0.1)
+    model.set_adapter("other")
+    ids = torch.arange(3, 23)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(UserError, match="make it after loading and set_adapter"):
+        optimizer.step()
+
+
+def test_shared_factors_and_factors_that_are_no_matrix_are_refused():
+    model = adapted()
+    layers = model.base_model.model.model.layers
+    layers[1].mlp.up_proj.lora_A = layers[0].mlp.up_proj.lora_A
+    with pytest.raises(UserError, match=r"1.mlp.up_proj: shares a LoRA factor with .*layers.0.mlp.up_proj"):
+        factor_pairs(model)
+    convolution = get_peft_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), LoraConfig(r=2, target_modules=["0"])
+    )
+    with pytest.raises(UserError, match="0: its LoRA factors are no pair of matrices"):
+        factor_pairs(convolution)
+
+
+def test_accelerate_saves_and_loads_all_factors(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = adapted()
+    optimizer = ScaledAdamW(model.parameters(), factor_pairs(model), lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ids = torch.arange(3, 23)[None]
+
+    def step() -> dict[str, torch.Tensor]:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+    step()
+    accelerator.save_state(str(tmp_path))
+    after = step()
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(value, after[name]) for name, value in step().items())
+
+
+def test_lora_pros_moments_keep_float32():
+    pair = layer(dtype=torch.bfloat16)
+    optimizer = LoraPro([*pair[1:3]], [pair], lr=0.01)
+    gradients(pair, weight_gradients(1)[0])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = LoraPro([*pair[1:3]], [pair], lr=0.01)
+    again.load_state_dict(saved)
+    for name, value in optimizer.state[pair.B_OR].items():
+        assert again.state[pair.B_OR][name].dtype is torch.float32
+        assert torch.equal(again.state[pair.B_OR][name], value)
 
 
 @pytest.mark.parametrize("made", [ScaledGD, ScaledAdamW, LoraPro])
