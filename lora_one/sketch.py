@@ -32,9 +32,9 @@ from lora_one.skinny import (
 from lora_one.triplets import Triplets, check_norm, with_signs
 
 # To be raised with every change of what the sketches find: kept estimates are found again by it.
-SKETCH_VERSION = 2
+SKETCH_VERSION = 3
 _FEWEST_TRIPLETS = 16
-_FEWEST_TWO_PASS_COLUMNS = 192
+_FEWEST_TWO_PASS_COLUMNS = 256
 
 
 @dataclass(frozen=True)
