@@ -410,11 +410,12 @@ class _Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise UserError(
-                f"step {state.global_step}: the training loss is {logs['loss']}; lower model.learning_rate, "
-                "use model.bf16=false, or check the data; the run is kept as failed"
-            )
+        for key, name in (("loss", "training loss"), ("eval_loss", "validation loss")):
+            if not math.isfinite((logs or {}).get(key, 0.0)):
+                raise UserError(
+                    f"step {state.global_step}: the {name} is {logs[key]}; lower model.learning_rate, "
+                    "use model.bf16=false, or check the data; the run is kept as failed"
+                )
         if self.bar is None or not logs:
             return
         if "loss" in logs:

@@ -229,6 +229,16 @@ def test_settings_that_the_optimiser_does_not_read_make_no_other_run():
     )
 
 
+def test_weights_that_end_in_no_number_are_no_result(cli, tmp_path):
+    """Nothing but the validation loss sees what the last step did."""
+    done = cli("debug=short", "optimizer=scaled_gd", "model.learning_rate=1e6")
+    assert done.returncode == 2
+    assert "step 3: the validation loss is nan; lower model.learning_rate" in done.stderr
+    folder = only_run(tmp_path / "results")
+    assert json.loads((folder / "record.json").read_text())["status"] == "failed"
+    assert not (folder / "adapter").exists()
+
+
 def test_a_record_older_than_a_key_has_its_default(cli, tmp_path):
     assert cli("debug=short").returncode == 0
     folder = only_run(tmp_path / "results")
