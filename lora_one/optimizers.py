@@ -213,8 +213,8 @@ class ScaledGD(_FactorOptimizer):
         )
 
     def _update(self, group: dict[str, Any], parameters: list[Any], gradients: list[Tensor]) -> None:
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for parameter in parameters if group["weight_decay"] else ():
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
         buffers = [self.state[p].get("momentum_buffer") for p in parameters]
         sgd(
             parameters,

@@ -180,7 +180,7 @@ def test_scaled_adamw_is_its_transcription(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_scaled_gd_with_momentum_is_its_transcription(form):
     pair, (A, B) = layer(), float64(*layer()[1:3])
-    optimizer = ScaledGD([*pair[1:3]], [pair], form=form, lr=0.01, momentum=0.9)
+    optimizer = ScaledGD([*pair[1:3]], [pair], form=form, momentum=0.9, **STEPS)
     along_A = along_B = 0.0
     for G in weight_gradients(4):
         gradients(pair, G)
@@ -188,7 +188,7 @@ def test_scaled_gd_with_momentum_is_its_transcription(form):
             A, B, SCALING * B.T @ G.double().numpy(), SCALING * G.double().numpy() @ A.T, 1e-6, form
         )
         along_A, along_B = 0.9 * along_A + of_A, 0.9 * along_B + of_B
-        A, B = A - 0.01 * along_A, B - 0.01 * along_B
+        A, B = A * (1 - 0.01 * 0.1) - 0.01 * along_A, B * (1 - 0.01 * 0.1) - 0.01 * along_B
         optimizer.step()
     assert_close(pair.A_RI, A)
     assert_close(pair.B_OR, B)
