@@ -69,6 +69,8 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
             "peft.dora=true: on a quantised base DoRA needs the norm of the shifted weight; "
             "use init.shift=weight, or init.direction=LoRA-One"
         )
+    if {"model.warmup_steps", "model.warmup_ratio"} <= set(named) and config.model.warmup_ratio is not None:
+        raise UserError("model.warmup_steps, model.warmup_ratio: two lengths of one warm-up; leave one out")
     if config.optimizer.is_preconditioned and (peft.adalora or not peft.use_peft):
         what = "AdaLoRA's three factors have rules of their own" if peft.adalora else "there are no factors"
         raise UserError(f"optimizer={config.optimizer.name}: {what}; use optimizer=adamw")

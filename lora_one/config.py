@@ -6,6 +6,7 @@ configs keep their names and places; the rest of the code receives the frozen ob
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -71,6 +72,9 @@ class ModelConfig(Section):
     learning_rate: float = Field(2e-4, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
+    warmup_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of all steps to warm up, instead of warmup_steps"
+    )
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(1.0, gt=0)
     prec_reg: float | None = Field(
@@ -86,6 +90,10 @@ class ModelConfig(Section):
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
     saving: bool = Field(False, description="write the merged model too")
     push_to_hub: str | None = Field(None, description="private Hub repository for the finished adapter")
+
+    def warmup(self, n_steps: int) -> int:
+        """Steps of warm-up in a training of so many."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * n_steps)
 
 
 class PeftConfig(Section):

@@ -101,8 +101,9 @@ def remarks(n_examples: int, config: ExperimentConfig, world_size: int) -> list[
             f"{model.epochs:g} epochs end after {plan.n_steps} steps, "
             f"before model.max_steps={model.max_steps}"
         )
-    if model.warmup_steps >= plan.n_steps:
-        lines.append(f"model.warmup_steps={model.warmup_steps} covers all {plan.n_steps} steps")
+    if model.warmup(plan.n_steps) >= plan.n_steps:
+        key = "warmup_steps" if model.warmup_ratio is None else "warmup_ratio"
+        lines.append(f"model.{key}={getattr(model, key)} covers all {plan.n_steps} steps")
     return lines
 
 
@@ -334,8 +335,9 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         learning_rate=model.learning_rate,
         weight_decay=model.weight_decay,
         max_grad_norm=model.max_grad_norm,
-        lr_scheduler_type=model.lr_scheduler,
-        warmup_steps=model.warmup_steps,
+        # The Trainer's "constant" would ignore the warm-up.
+        lr_scheduler_type="constant_with_warmup" if model.lr_scheduler == "constant" else model.lr_scheduler,
+        warmup_steps=model.warmup(plan.n_steps),
         bf16=model.bf16,
         logging_steps=1,
         logging_nan_inf_filter=False,

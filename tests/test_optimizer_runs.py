@@ -196,6 +196,7 @@ def test_through_the_program(cli, tmp_path, overrides):
         (["optimizer=adam"], "optimizer=adam: no such choice (did you mean 'adamw'?)"),
         (["optimizer=scaled_adamw", "optimizer.form=symetric"], "did you mean 'symmetric'?"),
         (["optimizer=scaled_adamw", "model.prec_reg=0"], "model.prec_reg=0"),
+        (["model.warmup_steps=5", "model.warmup_ratio=0.1"], "two lengths of one warm-up"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(cli, overrides, message):

@@ -207,6 +207,19 @@ def test_remarks_on_the_steps_to_come():
     ]
 
 
+def test_warmup_is_so_many_steps_or_a_share_of_them(tmp_path):
+    rates = []
+    for settings in ({"warmup_steps": 3}, {"warmup_ratio": 0.25, "warmup_steps": 100}, {"warmup_ratio": 0.2}):
+        folder = tmp_path / str(len(rates))
+        folder.mkdir()
+        fit(folder, config(lr_scheduler="constant", **settings))
+        rates.append(curve(folder, "learning_rate"))
+    assert rates[0] == rates[1] == rates[2]  # 2.4 of 12 steps is three
+    assert rates[0][:5] == pytest.approx([0, 5e-3 / 3, 1e-2 / 3, 5e-3, 5e-3])
+    lines = training.remarks(44, config(warmup_ratio=1.0), 1)
+    assert lines == ["model.warmup_ratio=1.0 covers all 12 steps"]
+
+
 def test_an_unfinished_checkpoint_is_not_resumed(tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
     complete = tmp_path / "checkpoints" / "checkpoint-3"
