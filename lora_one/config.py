@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from lora_one.combinations import check_combinations
 from lora_one.errors import UserError, nearest
-from lora_one.preconditioners import Form
+from lora_one.preconditioners import LORA_PRO_DAMPING, PAPER_DAMPING, Form
 from lora_one.starts import GradientStart
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -199,7 +199,7 @@ class OptimizerConfig(Section):
     @property
     def default_damping(self) -> float:
         """δ where none is given: that of the method's authors."""
-        return 1e-8 if self.name == "lora_pro" else 1e-6
+        return LORA_PRO_DAMPING if self.name == "lora_pro" else PAPER_DAMPING
 
     def reads(self, key: str) -> bool:
         """Whether a key of this section has an effect."""

@@ -18,6 +18,8 @@ from torch.optim.sgd import sgd
 from lora_one.config import ExperimentConfig
 from lora_one.errors import UserError
 from lora_one.preconditioners import (
+    LORA_PRO_DAMPING,
+    PAPER_DAMPING,
     Chunk,
     FactorPair,
     Form,
@@ -31,7 +33,6 @@ from lora_one.preconditioners import (
     preconditioned,
 )
 
-PAPER_DAMPING, LORA_PRO_DAMPING = 1e-6, 1e-8
 _GroupOf = dict[int, dict[str, Any]]  # a parameter's id to its group
 _Groups = list[list[FactorPair]]  # of one rank, by shape
 
@@ -57,13 +58,13 @@ def optimizer_class(config: ExperimentConfig, model: nn.Module) -> tuple[type[to
     return _CLASSES[choice.name], settings
 
 
-def loraplus_optimizer(config: ExperimentConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Any of them with LoRA+'s larger learning rate for B; the groups are PEFT's."""
-    made, settings = optimizer_class(config, model)
-    adapted: Any = model
+def loraplus_optimizer(
+    config: ExperimentConfig, model: Any, kind: type[torch.optim.Optimizer], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """What ``optimizer_class`` gave, with LoRA+'s larger learning rate for B; the groups are PEFT's."""
     return create_loraplus_optimizer(
-        adapted,
-        made,
+        model,
+        kind,
         loraplus_lr_ratio=config.peft.loraplus_lr_ratio,
         loraplus_weight_decay=config.model.weight_decay,
         **settings,

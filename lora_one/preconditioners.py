@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from lora_one.errors import UserError
 
 Form = Literal["classic", "symmetric", "sylvester"]
+# δ of the authors of Riemannian LoRA, and of LoRA-Pro.
+PAPER_DAMPING, LORA_PRO_DAMPING = 1e-6, 1e-8
 
 # Below this share of its diagonal entry, a pivot is mostly float32's rounding.
 _SMALLEST_PIVOT = 1e-6

@@ -304,7 +304,7 @@ class _WindowTrainer(Trainer):
             adapted: Any = self.model
             self.optimizer_cls_and_kwargs = optimizer_class(self.config, adapted)
             if self.config.peft.use_loraplus:
-                self.optimizer = loraplus_optimizer(self.config, adapted)
+                self.optimizer = loraplus_optimizer(self.config, adapted, *self.optimizer_cls_and_kwargs)
         return super().create_optimizer(*arguments)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
