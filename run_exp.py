@@ -86,9 +86,7 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         data = prepare_data(config, tokenizer)
         run.note_source("data", data.summary())
         check_asked_of_data(config, data)
-    for remark in data.remarks() + training.remarks(
-        len(data.train.examples), config, run.processes.world_size
-    ):
+    for remark in data.remarks() + training.remarks(len(data.train.examples), config):
         run.processes.say(f"note: {remark}")
     if config.eval.task is not None and not data.texts.test:
         run.processes.say("note: there is no test split, so nothing is tested; give dataset.test_file")
@@ -166,7 +164,7 @@ def initialise(
             estimates=estimate.layers if estimate else None,
             stored=portable.load_init(run.init_file) if run.has_init else None,
             batches=gradient_batches(data.gradient.examples, config, data.pad_id, device),
-            total_steps=training.plan_training(n_examples, config.model, run.processes.world_size).n_steps,
+            total_steps=training.plan_training(n_examples, config.model).n_steps,
             probe=lambda model: probe_logits(model, data.validation.examples[:4], data.pad_id, device),
         )
         if report is not None:
@@ -286,7 +284,6 @@ def start(composed: DictConfig) -> None:
     processes.say(f"model {config.model.name}{origin}")
     if not config.peft.use_peft:
         processes.say("peft=full_ft: all weights are trained, init is ignored")
-    training.device_batch_size(config.model, processes.world_size)
     if config.model.device_map is not None and processes.world_size > 1:
         raise UserError(
             f"model.device_map={config.model.device_map}: spreads the model over all GPUs of one process; "

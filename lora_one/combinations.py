@@ -71,6 +71,15 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
         )
     if {"model.warmup_steps", "model.warmup_ratio"} <= set(named) and config.model.warmup_ratio is not None:
         raise UserError("model.warmup_steps, model.warmup_ratio: two lengths of one warm-up; leave one out")
+    if config.model.max_tokens_per_device and config.model.per_device_batch_size:
+        raise UserError(
+            "model.max_tokens_per_device, model.per_device_batch_size: two sizes of a micro-batch; "
+            "leave one out"
+        )
+    if config.model.bf16 and config.model.fp16:
+        raise UserError("model.bf16=true, model.fp16=true: two number formats; leave one out")
+    if config.model.keep_best and peft.adalora:
+        raise UserError("model.keep_best=true: AdaLoRA runs write no checkpoints; leave it out")
     if config.optimizer.is_preconditioned and (peft.adalora or not peft.use_peft):
         what = "AdaLoRA's three factors have rules of their own" if peft.adalora else "there are no factors"
         raise UserError(f"optimizer={config.optimizer.name}: {what}; use optimizer=adamw")

@@ -60,9 +60,22 @@ class ModelConfig(Section):
     shape: dict[str, Any] | None = Field(None, description="Hugging Face config, for the dry run")
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
-    per_device_batch_size: int | None = Field(None, ge=1, description="null: at most 8192 tokens")
+    max_tokens_per_device: int | None = Field(
+        None, ge=1, description="tokens of a micro-batch, padding included; null: what suits the device"
+    )
+    per_device_batch_size: int | None = Field(
+        None, ge=1, description="examples of a micro-batch, instead of max_tokens_per_device"
+    )
+    packing: bool = Field(
+        False, description="micro-batches in one row without padding; pays with flash attention"
+    )
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
-    bf16: bool = False
+    bf16: bool = Field(False, description="frozen weights and arithmetic in bfloat16")
+    fp16: bool = Field(False, description="the same in float16, for GPUs without bfloat16")
+    compile: bool = Field(False, description="compile the model's blocks; pays in long trainings on GPUs")
+    attn_implementation: Text | None = Field(
+        None, description="eager, sdpa, flash_attention_2, …; null: what the model chooses"
+    )
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes; 4bit is NF4")
     device_map: Literal["auto", "balanced", "sequential"] | None = Field(
         None, description="spread the layers over the GPUs of one process, for models larger than one"
@@ -84,8 +97,9 @@ class ModelConfig(Section):
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="stop after so many validation losses without a new best; keeps the last weights",
+        description="stop after so many validation losses without a new best",
     )
+    keep_best: bool = Field(False, description="end with the weights of the lowest validation loss")
     save_steps: int = Field(500, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
     saving: bool = Field(False, description="write the merged model too")
@@ -295,12 +309,16 @@ class ExperimentConfig(Section):
         return self.init.max_length or self.model.max_length
 
 
-# What only adds an output, or says how to watch, and so must not change the run's folder.
+# What only adds an output, or says how to watch or how to cut the same sums into pieces, and so must not
+# change the run's folder.
 _OUTPUT_KEYS: dict[str, set[str]] = {
     "": {"dry_run", "results_dir", "cache_dir", "wandb", "eval"},
     "dataset": {"rows"},
     "init": {"offload"},
-    "model": {"shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg", "device_map"},
+    "model": {
+        *("shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg", "device_map"),
+        *("max_tokens_per_device", "per_device_batch_size", "packing"),
+    },
 }
 
 

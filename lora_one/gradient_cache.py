@@ -69,7 +69,7 @@ def describe_estimate(
 ) -> Entry:
     """What the estimate of a run depends on."""
     alone = replace(processes, rank=0, world_size=1)
-    indices, batches = sample_batches(examples, config, 0, alone)
+    indices, batches = sample_batches(examples, config, alone)
     n_examples = len(indices) // processes.world_size
     estimator = choose_estimator(config, loaded.model, loaded.targets, ranks, n_examples)
     sizes = None if estimator.name == "exact" else [SKETCH_VERSION, asdict(estimator.size)]

@@ -10,7 +10,7 @@ import torch
 
 from lora_one.collect import collect_gradients, shared_elsewhere
 from lora_one.config import ExperimentConfig
-from lora_one.data.batches import Slot
+from lora_one.data.batches import Slot, collate_slots
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.layers import shape_OI
@@ -18,7 +18,7 @@ from lora_one.losses import to_device, weighted_loss
 from lora_one.objectives import AdamFactors
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
-from lora_one.sample import collate_slots, sample_batches
+from lora_one.sample import sample_batches
 from lora_one.sketch import SketchedGradient, SketchSize, sketch_size, triplets_to_keep
 from lora_one.starts import LayerEstimate, reduce_gradient
 from lora_one.streaming import one_pass, two_passes
@@ -150,7 +150,7 @@ def estimate_gradient(
         UserError: If a target's gradient is zero or does not arrive, or a batch's is not finite.
     """
     begin = time.perf_counter()
-    indices, batches = sample_batches(examples, config, pad_id, processes)
+    indices, batches = sample_batches(examples, config, processes)
     estimator = choose_estimator(config, model, targets, ranks, len(indices) // processes.world_size)
     sample = _Sample(model, examples, batches, len(indices), pad_id, config, processes, decode)
     estimate = _exactly if estimator.name == "exact" else _streaming

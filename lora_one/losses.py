@@ -1,33 +1,62 @@
 """The one training loss, shared by training, gradient estimation and validation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_one.data.batches import IGNORED, Batch
+from lora_one.data.batches import Batch
 
 
 def weighted_loss(model: Any, batch: Batch) -> Tensor:
-    """Next-token cross-entropy of a micro-batch, each target token times its example's weight.
+    """Cross-entropy of a micro-batch, each target token times its weight.
+
+    The head and the loss are computed where there is a target and nowhere else. A causal model gets no
+    padding mask: what stands to the right of a token cannot reach it, and padding carries no loss.
 
     Args:
-        model: A causal language model.
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``weights`` (B,). The
-            weights of a whole window make the sum over its micro-batches the window's mean loss.
+        model: A causal language model, or an encoder with a decoder; wrapped for several processes or not.
+        batch: As ``collate`` makes it. The weights of a whole window make the sum over its micro-batches
+            the window's mean loss.
 
     Returns:
         A float32 scalar.
     """
-    logits_BTV = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
-    targets_BT = batch["labels"][:, 1:]
-    losses_BT = cross_entropy(
-        logits_BTV[:, :-1].transpose(1, 2).float(), targets_BT, ignore_index=IGNORED, reduction="none"
-    )
-    return (losses_BT.sum(dim=1) * batch["weights"]).sum()
+    inner = getattr(model, "module", model)
+    inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "position_ids")}
+    if inner.config.is_encoder_decoder:
+        inputs["attention_mask"] = batch["attention_mask"]
+        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    positions_N = batch["positions"]
+    with _head_only_at(inner.get_output_embeddings(), positions_N):
+        logits = model(**inputs, use_cache=False).logits
+    logits_NV = logits.flatten(0, -2)
+    if logits.shape[:-1] != (1, len(positions_N)):  # there is no head that could be told
+        logits_NV = logits_NV[positions_N]
+    losses_N = cross_entropy(logits_NV.float(), batch["targets"], reduction="none")
+    return (losses_N * batch["weights"]).sum()
+
+
+@contextmanager
+def _head_only_at(head: Any, positions_N: Tensor) -> Iterator[None]:
+    """Inside, the output head sees one row of the chosen positions instead of the whole batch."""
+    if head is None:
+        yield
+        return
+
+    def choose(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = inputs
+        return hidden.flatten(0, -2)[positions_N][None], *others
+
+    # First of all hooks: others that watch the head see the same rows in its inputs as in its outputs.
+    handle = head.register_forward_pre_hook(choose, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lora_one.config import ExperimentConfig
+from lora_one.data.batches import Limits
 from lora_one.data.loading import dataset_spec, load_splits
 from lora_one.errors import UserError
 from lora_one.inits import ALIASES
@@ -101,19 +102,27 @@ def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
         else:
             rows.append(("steps", _UNKNOWN))
         return [*rows, ("tokens", _UNKNOWN), ("gradient sample", _gradient_sample(config, None))]
-    plan = plan_training(n_train, config.model, world_size)
-    batching = f"{world_size} x {plan.per_device_batch_size} x {plan.accumulation_steps}"
+    plan = plan_training(n_train, config.model)
     tokens = plan.n_steps * config.model.real_batch_size * config.model.max_length
     return [
         *rows,
         (
             "steps",
-            f"{plan.n_steps:,} of {config.model.real_batch_size} examples "
-            f"(processes x device batch x accumulation: {batching})",
+            f"{plan.n_steps:,} of {config.model.real_batch_size} examples, in micro-batches of "
+            f"{_micro_batches(config)}, {world_size} at a time",
         ),
         ("tokens", f"at most {tokens:,} (model.max_length={config.model.max_length})"),
         ("gradient sample", _gradient_sample(config, n_train)),
     ]
+
+
+def _micro_batches(config: ExperimentConfig) -> str:
+    model = config.model
+    if model.per_device_batch_size is not None:
+        return str(Limits(max_examples=model.per_device_batch_size, packed=model.packing))
+    if model.max_tokens_per_device is not None:
+        return str(Limits(max_tokens=model.max_tokens_per_device, packed=model.packing))
+    return "as many tokens as suit the device" + ", packed" * model.packing
 
 
 def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:

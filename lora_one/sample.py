@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lora_one.config import ExperimentConfig, InitConfig
-from lora_one.data.batches import Batch, Slot, collate, whole_window
+from lora_one.data.batches import EMPTY, Batch, Slot, collate_slots, whole_window
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.losses import to_device
@@ -14,7 +14,6 @@ from lora_one.processes import Processes
 
 # Seeds of the sample, apart from the (seed, epoch) of the training order.
 _GRADIENT_STREAM = (0, 1)
-_EMPTY: Slot = (-1, 0.0)
 
 
 def sample_indices(n_available: int, config: InitConfig, seed: int) -> list[int]:
@@ -34,7 +33,7 @@ def sample_indices(n_available: int, config: InitConfig, seed: int) -> list[int]
 
 
 def sample_batches(
-    examples: Sequence[Encoded], config: ExperimentConfig, pad_id: int, processes: Processes
+    examples: Sequence[Encoded], config: ExperimentConfig, processes: Processes
 ) -> tuple[list[int], list[list[Slot]]]:
     """The sample's examples, and this process's share of its batches, each example with its weight.
 
@@ -47,13 +46,12 @@ def sample_batches(
         indices,
         batch_size=config.init.bsz,
         reduction=config.model.loss_reduction,
-        pad_id=pad_id,
         rank=processes.rank,
         world_size=processes.world_size,
     )
     n_batches = -(-len(indices) // config.init.bsz)
     missing = -(-n_batches // processes.world_size) - len(batches)
-    return indices, batches + [[_EMPTY]] * missing
+    return indices, batches + [[EMPTY]] * missing
 
 
 def gradient_batches(
@@ -61,10 +59,5 @@ def gradient_batches(
 ) -> Iterator[Batch]:
     """The whole sample as batches on ``device``; nothing is read before the first is asked for."""
     alone = Processes(rank=0, world_size=1, device=device)
-    for slots in sample_batches(examples, config, pad_id, alone)[1]:
+    for slots in sample_batches(examples, config, alone)[1]:
         yield to_device(collate_slots(examples, slots, pad_id), device)
-
-
-def collate_slots(examples: Sequence[Encoded], slots: Sequence[Slot], pad_id: int) -> Batch:
-    """One batch of the sample, right-padded."""
-    return collate([(examples[index] if index >= 0 else None, weight) for index, weight in slots], pad_id)

@@ -5,21 +5,23 @@ import math
 import time
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.adalora import AdaLoraModel
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from lora_one.budget import micro_batch_limits
 from lora_one.config import ExperimentConfig, ModelConfig
-from lora_one.data.batches import WindowLoader, WindowSampler, collate, whole_window
+from lora_one.data.batches import Batch, Limits, WindowLoader, WindowSampler, collate_slots, split_window
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.files import write_text
+from lora_one.fused import fused_adapters
 from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
 from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
@@ -27,15 +29,11 @@ from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 from lora_one.tracking import MetricsFile, Tracker
 
-_TOKENS_PER_MICRO_BATCH = 8192
-
 
 @dataclass(frozen=True)
 class TrainPlan:
     """How the examples become optimiser steps."""
 
-    per_device_batch_size: int
-    accumulation_steps: int
     steps_per_epoch: int
     n_steps: int
 
@@ -57,44 +55,18 @@ class TrainResult:
     escalated_dampings: int | None = None
 
 
-def device_batch_size(config: ModelConfig, world_size: int) -> int:
-    """Examples of one micro-batch: as configured, or as many as ``model.max_length`` lets fit.
-
-    Raises:
-        UserError: If ``model.real_batch_size`` is no multiple of processes times
-            ``model.per_device_batch_size``.
-    """
-    real = config.real_batch_size
-    if real % world_size:
-        raise UserError(
-            f"model.real_batch_size={real}: not divisible by {world_size} processes; "
-            f"use a multiple of {world_size}"
-        )
-    per_device = config.per_device_batch_size
-    if per_device is None:
-        fits = max(1, _TOKENS_PER_MICRO_BATCH // config.max_length)
-        per_device = max(size for size in range(1, fits + 1) if (real // world_size) % size == 0)
-    if real % (world_size * per_device):
-        raise UserError(
-            f"model.real_batch_size={real}: not divisible by {world_size} processes x "
-            f"model.per_device_batch_size={per_device}; change one of them"
-        )
-    return per_device
-
-
-def plan_training(n_examples: int, config: ModelConfig, world_size: int) -> TrainPlan:
-    """Cuts the training into optimiser steps, and these into micro-batches; see ``device_batch_size``."""
-    per_device, real = device_batch_size(config, world_size), config.real_batch_size
-    steps_per_epoch = -(-n_examples // real)
+def plan_training(n_examples: int, config: ModelConfig) -> TrainPlan:
+    """Counts the optimiser steps of ``model.real_batch_size`` examples; an epoch's last takes the rest."""
+    steps_per_epoch = -(-n_examples // config.real_batch_size)
     n_steps = max(1, round(config.epochs * steps_per_epoch))
     if config.max_steps is not None:
         n_steps = min(n_steps, config.max_steps)
-    return TrainPlan(per_device, real // (world_size * per_device), steps_per_epoch, n_steps)
+    return TrainPlan(steps_per_epoch, n_steps)
 
 
-def remarks(n_examples: int, config: ExperimentConfig, world_size: int) -> list[str]:
+def remarks(n_examples: int, config: ExperimentConfig) -> list[str]:
     """What a person may not expect of the steps to come."""
-    plan, model = plan_training(n_examples, config.model, world_size), config.model
+    plan, model = plan_training(n_examples, config.model), config.model
     lines = []
     if model.max_steps is not None and plan.n_steps < model.max_steps:
         lines.append(
@@ -131,11 +103,12 @@ def train(
         tracker: Receives the logged points.
     """
     settle(model)
-    plan = plan_training(len(train_examples), config.model, processes.world_size)
+    plan = plan_training(len(train_examples), config.model)
+    limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes)
     sampler = WindowSampler(
         train_examples,
         real_batch_size=config.model.real_batch_size,
-        per_device_batch_size=plan.per_device_batch_size,
+        limits=limits,
         reduction=config.model.loss_reduction,
         seed=config.seed,
         rank=processes.rank,
@@ -173,7 +146,8 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with fused_adapters(model):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if processes.is_main:
             write_text(done_file, json.dumps({"step": trainer.state.global_step}))
     seconds = time.perf_counter() - start
@@ -194,27 +168,24 @@ def validation_loss(
     examples: Sequence[Encoded],
     *,
     reduction: str,
-    batch_size: int,
+    limits: Limits,
     pad_id: int,
     processes: Processes,
 ) -> float:
-    """The training loss over the whole split, exact for any batch size and number of processes."""
-    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-    batches = whole_window(
+    """The training loss over the whole split, exact for any micro-batches and number of processes."""
+    batches = split_window(
         examples,
-        by_length,
-        batch_size=batch_size,
+        range(len(examples)),
+        limits=limits,
         reduction=reduction,
-        pad_id=pad_id,
-        rank=processes.rank,
         world_size=processes.world_size,
-    )
+    )[processes.rank]
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for slots in batches:
-            batch = collate([(examples[index], weight) for index, weight in slots], pad_id)
+            batch = collate_slots(examples, slots, pad_id, packed=limits.packed)
             total += weighted_loss(model, to_device(batch, processes.device)).item()
     model.train(was_training)
     return float(processes.sum_(total))
@@ -274,21 +245,31 @@ class _WindowTrainer(Trainer):
         self.validation = validation
         self.pad_id = pad_id
         self.processes = processes
-        # The weights already hold the mean over the whole optimiser step.
-        self.loss_is_scaled_for_ga = True
 
     def get_train_dataloader(self) -> WindowLoader:
         return self.loader
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
-        return None
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over the micro-batches of one optimiser step; returns the window's share."""
+        model.train()
+        window: list[Batch] = inputs
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(window, start=1):
+            is_last = number == len(window)
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = weighted_loss(model, to_device(batch, self.args.device))
+                total += loss.detach()
+                if is_last and self.config.peft.adalora:
+                    loss = loss + adalora_penalty(self.model) / self.processes.world_size
+                # DDP averages gradients over processes; the weights ask for their sum.
+                self.accelerator.backward(loss * self.processes.world_size)
+        return total * self.processes.world_size
 
-    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
-        # DDP averages gradients over processes; the weights ask for their sum.
-        loss = weighted_loss(model, inputs) * self.processes.world_size
-        if isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
-            loss = loss + adalora_penalty(self.model) / self.args.gradient_accumulation_steps
-        return loss
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
 
     def _load_from_checkpoint(self, *arguments: Any, **settings: Any) -> None:
         # PEFT loads adapters in float32, whatever they were.
@@ -312,7 +293,7 @@ class _WindowTrainer(Trainer):
             self.model,
             self.validation,
             reduction=self.config.model.loss_reduction,
-            batch_size=self.args.per_device_eval_batch_size,
+            limits=self.loader.windows.limits,
             pad_id=self.pad_id,
             processes=self.processes,
         )
@@ -327,9 +308,9 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         use_cpu=not torch.accelerator.is_available(),
-        per_device_train_batch_size=plan.per_device_batch_size,
-        per_device_eval_batch_size=plan.per_device_batch_size,
-        gradient_accumulation_steps=plan.accumulation_steps,
+        # One item of the loader is one optimiser step, whatever its micro-batches.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
         num_train_epochs=model.epochs,
         max_steps=plan.n_steps,
         learning_rate=model.learning_rate,
@@ -474,7 +455,7 @@ def _escalated(trainer: Trainer, checkpoint: Path | None) -> int | None:
 def _tokens_between(sampler: WindowSampler, first_step: int, last_step: int) -> int:
     total = 0
     for step in range(first_step, last_step, 1):
-        epoch, window = divmod(step, sampler.n_windows)
+        epoch, window = divmod(step, len(sampler))
         if window == 0 or step == first_step:
             sampler.epoch = epoch
             windows = list(sampler.windows())

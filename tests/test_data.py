@@ -1,16 +1,25 @@
 """Rows, splits, tokens and batches."""
 
 import json
-from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_examples, small_llama
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_one.config import DatasetConfig
-from lora_one.data.batches import IGNORED, WindowLoader, WindowSampler, collate, whole_window, window_weights
+from lora_one.data.batches import (
+    IGNORED,
+    Limits,
+    WindowLoader,
+    WindowSampler,
+    collate,
+    collate_slots,
+    split_window,
+    window_weights,
+)
 from lora_one.data.encoding import encode_split
 from lora_one.data.loading import load_splits
 from lora_one.data.specs import SPECS, Example
@@ -34,13 +43,16 @@ def gsm8k_rows(n: int, start: int = 0) -> list[dict[str, str]]:
     ]
 
 
+PAIRS = Limits(max_examples=2)
+
+
 def sampler(
-    examples, rank=0, world_size=1, per_device=2, real=8, seed=0, reduction="sample"
+    examples, rank=0, world_size=1, limits=PAIRS, real=8, seed=0, reduction="sample"
 ) -> WindowSampler:
     return WindowSampler(
         examples,
         real_batch_size=real,
-        per_device_batch_size=per_device,
+        limits=limits,
         reduction=reduction,
         seed=seed,
         rank=rank,
@@ -193,32 +205,82 @@ def test_truncation_is_counted_and_never_leaves_an_example_without_target(tokeni
 
 def test_collate_pads_right_and_masks_prompt_and_padding():
     examples = random_examples(2)
-    batch = collate([(examples[0], 0.5), (examples[1], 0.25), (None, 0.0)], pad_id=1)
-    for row, example in enumerate(examples):
-        n = len(example.ids)
-        assert batch["input_ids"][row, :n].tolist() == example.ids.tolist()
+    batch = collate([(examples[0], 0.5), (examples[1], 0.25), (examples[0].blank(), 0.0)], pad_id=1)
+    width, expected = batch["input_ids"].shape[1], []
+    for row, (example, weight) in enumerate(zip(examples, (0.5, 0.25), strict=True)):
+        n, ids = len(example.ids), example.ids.tolist()
+        assert batch["input_ids"][row, :n].tolist() == ids
         assert (batch["input_ids"][row, n:] == 1).all()
-        assert batch["attention_mask"][row].sum() == n
+        assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (width - n)
         assert (batch["labels"][row, : example.n_prompt] == IGNORED).all()
+        assert batch["labels"][row, example.n_prompt : n].tolist() == ids[example.n_prompt :]
         assert (batch["labels"][row, n:] == IGNORED).all()
-        assert (batch["labels"][row] != IGNORED).sum() == example.n_target
+        # The place before a target token predicts it.
+        expected += [(row * width + t - 1, ids[t], weight) for t in range(example.n_prompt, n)]
     assert (batch["labels"][2] == IGNORED).all()
-    assert batch["weights"].tolist() == [0.5, 0.25, 0.0]
+    judged = (batch[name].tolist() for name in ("positions", "targets", "weights"))
+    assert list(zip(*judged, strict=True)) == expected
 
 
-@pytest.mark.parametrize(("world_size", "per_device"), [(1, 8), (1, 2), (2, 1), (2, 4), (4, 2)])
-def test_every_window_is_dealt_out_exactly_once(world_size, per_device):
+def test_collate_packs_examples_into_one_row():
+    examples = random_examples(3)
+    slots = [(examples[0], 0.5), (examples[1], 0.25), (examples[2], 0.125)]
+    batch, padded = collate(slots, 0, packed=True), collate(slots, 0)
+    assert batch["input_ids"][0].tolist() == [i for example in examples for i in example.ids.tolist()]
+    assert batch["position_ids"][0].tolist() == [t for example in examples for t in range(len(example.ids))]
+    assert "attention_mask" not in batch
+    assert torch.equal(batch["targets"], padded["targets"])
+    assert torch.equal(batch["weights"], padded["weights"])
+    assert torch.equal(
+        batch["input_ids"].flatten()[batch["positions"]],
+        padded["input_ids"].flatten()[padded["positions"]],
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(max_examples=1),
+        Limits(max_examples=3),
+        Limits(max_examples=100),
+        Limits(max_tokens=1),
+        Limits(max_tokens=45),
+        Limits(max_tokens=45, packed=True),
+        Limits(max_tokens=10_000),
+    ],
+    ids=str,
+)
+def test_every_window_is_dealt_out_exactly_once(world_size, limits):
     examples = random_examples(37)
-    expected = [sorted(window) for window in sampler(examples).windows()]
-    ranks = [list(sampler(examples, rank, world_size, per_device)) for rank in range(world_size)]
-    steps = 8 // (world_size * per_device)
-    assert {len(batches) for batches in ranks} == {5 * steps}
-    for window, indices in enumerate(expected):
-        batches = chain.from_iterable(rank[window * steps : (window + 1) * steps] for rank in ranks)
-        slots = list(chain.from_iterable(batches))
-        assert sorted(index for index, _ in slots if index >= 0) == indices
+    ranks = [list(sampler(examples, rank, world_size, limits)) for rank in range(world_size)]
+    windows = list(sampler(examples).windows())
+    assert [len(windows), *map(len, ranks)] == [5] * (world_size + 1)
+    for indices, *shares in zip(windows, *ranks, strict=True):
+        assert len({len(share) for share in shares}) == 1
+        groups = [[index for index, _ in slots if index >= 0] for share in shares for slots in share]
+        assert sorted(index for group in groups for index in group) == sorted(indices)
         weights = dict(zip(indices, window_weights(examples, indices, "sample"), strict=True))
-        assert all(weight == weights[index] for index, weight in slots if index >= 0)
+        slots = [slot for share in shares for slots in share for slot in slots if slot[0] >= 0]
+        assert all(weight == weights[index] for index, weight in slots)
+        for lengths in ([len(examples[index].ids) for index in group] for group in groups if group):
+            assert len(lengths) <= (limits.max_examples or len(lengths))
+            n_tokens = sum(lengths) if limits.packed else len(lengths) * max(lengths)
+            assert len(lengths) == 1 or n_tokens <= (limits.max_tokens or n_tokens)
+
+
+def test_the_work_of_a_window_is_dealt_out_evenly():
+    examples = random_examples(64, longest=200)
+    limits = Limits(max_tokens=1000)
+    shares = split_window(examples, range(64), limits=limits, reduction="sample", world_size=4)
+    tokens = [
+        [len(slots) * max(len(examples[index].ids) for index, _ in slots) for slots in share]
+        for share in shares
+    ]
+    totals = [sum(share) for share in tokens]
+    assert max(totals) < 1.1 * min(totals)
+    # Neither the limit nor sorting by length costs much: padding stays small.
+    assert sum(totals) < 1.15 * sum(len(example.ids) for example in examples)
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -234,19 +296,84 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_the_loader_does_not_touch_the_global_random_state():
     before = torch.get_rng_state()
     batches = list(WindowLoader(sampler(random_examples(9)), pad_id=0))
-    assert len(batches) == 8
+    assert [len(window) for window in batches] == [4, 1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def reference_loss(model, examples, reduction: str) -> float:
+    """Example by example, with the model's whole output and a mask."""
+    sums = []
+    for example in examples:
+        ids = torch.tensor(example.ids[None].astype(np.int64))
+        log_probs = model(ids).logits[0].log_softmax(-1).double()
+        first = max(1, example.n_prompt)
+        sums.append(-sum(log_probs[t - 1, ids[0, t]] for t in range(first, ids.shape[1])).item())
+    counts = [example.n_target for example in examples]
+    if reduction == "token":
+        return sum(sums) / sum(counts)
+    return float(np.mean([total / count for total, count in zip(sums, counts, strict=True)]))
+
+
+def split_loss(model, examples, limits: Limits, reduction: str) -> torch.Tensor:
+    window = split_window(examples, range(len(examples)), limits=limits, reduction=reduction, world_size=2)
+    batches = [collate_slots(examples, slots, 0, packed=limits.packed) for share in window for slots in share]
+    return sum(weighted_loss(model, batch) for batch in batches)
+
+
 @pytest.mark.parametrize("reduction", ["sample", "token"])
-def test_losses_of_micro_batches_add_up(reduction):
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(max_examples=1),
+        Limits(max_examples=4),
+        Limits(max_tokens=64),
+        Limits(max_tokens=64, packed=True),
+    ],
+    ids=str,
+)
+def test_losses_of_micro_batches_add_up(reduction, limits):
     model, examples = small_llama(), random_examples(11)
-    totals = []
-    for batch_size in (1, 4, 11):
-        batches = whole_window(examples, range(11), batch_size=batch_size, reduction=reduction, pad_id=0)
-        losses = [
-            weighted_loss(model, collate([(examples[i], weight) for i, weight in slots], 0)).item()
-            for slots in batches
-        ]
-        totals.append(sum(losses))
-    np.testing.assert_allclose(totals, totals[0], rtol=1e-6)
+    expected = reference_loss(model, examples, reduction)
+    assert split_loss(model, examples, limits, reduction).item() == pytest.approx(expected, rel=1e-6)
+
+
+CAUSAL = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {},
+    "phi3": {"num_key_value_heads": 2},
+}
+
+
+def small_causal(kind: str, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+    settings |= {"bos_token_id": 1, "eos_token_id": 2, "attn_implementation": attention}
+    config = AutoConfig.for_model(kind, **(settings | CAUSAL[kind]))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(kind, "eager") for kind in CAUSAL]
+    + [(kind, "sdpa") for kind in sorted(CAUSAL.keys() - {"bloom", "gemma2"})],
+)
+def test_no_architecture_needs_the_padding_mask(kind, attention):
+    model, examples = small_causal(kind, attention), random_examples(7)
+    loss = split_loss(model, examples, Limits(max_examples=4), "sample")
+    assert loss.item() == pytest.approx(reference_loss(model, examples, "sample"), rel=1e-5)
+
+
+def test_a_micro_batch_without_examples_has_no_loss_and_zero_gradients():
+    model = small_llama()
+    loss = weighted_loss(model, collate_slots(random_examples(2), [(-1, 0.0)], 0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())

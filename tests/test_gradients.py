@@ -7,13 +7,13 @@ from conftest import ALONE, on_two_processes, random_examples, small_llama
 
 from lora_one.collect import collect_gradients
 from lora_one.config import ExperimentConfig, InitConfig
-from lora_one.data.batches import whole_window
+from lora_one.data.batches import collate_slots, whole_window
 from lora_one.errors import UserError
 from lora_one.gradients import choose_estimator, estimate_gradient
 from lora_one.losses import weighted_loss
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
-from lora_one.sample import collate_slots, sample_indices
+from lora_one.sample import sample_indices
 
 TARGETS = tuple(linear_layers(small_llama()))
 
@@ -43,9 +43,7 @@ def reference_gradients(model, examples, reduction: str) -> dict[str, torch.Tens
 
 
 def our_gradients(model, examples, reduction: str, batch_size: int) -> dict[str, torch.Tensor]:
-    batches = whole_window(
-        examples, range(len(examples)), batch_size=batch_size, reduction=reduction, pad_id=0
-    )
+    batches = whole_window(examples, range(len(examples)), batch_size=batch_size, reduction=reduction)
     return accumulated(model, TARGETS, examples, batches)
 
 
@@ -104,7 +102,7 @@ def test_gradient_checkpointing_happens_and_changes_nothing(monkeypatch):
 
 def test_only_the_targets_take_gradients():
     examples = random_examples(4)
-    batches = whole_window(examples, range(4), batch_size=4, reduction="sample", pad_id=0)
+    batches = whole_window(examples, range(4), batch_size=4, reduction="sample")
     assert set(accumulated(small_llama(), TARGETS[:1], examples, batches)) == {TARGETS[0]}
 
 

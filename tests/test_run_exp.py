@@ -279,7 +279,7 @@ def test_dry_run_of_an_unknown_model_says_so(cli):
         (["model=custom", "model.name=tests"], "the folder has no config.json"),
         (["model=custom", "model.name=some/model"], "model.name=some/model: "),
         (["dataset=gsm8k", "model=tiny"], "dataset openai/gsm8k (main): "),
-        (["model.real_batch_size=10", "model.per_device_batch_size=4"], "not divisible by 1 processes"),
+        (["model.max_tokens_per_device=64", "model.per_device_batch_size=4"], "two sizes of a micro-batch"),
         (["init.iters=5000"], "init.bsz*init.iters=5000: the training split has only 64"),
         (["model.max_length=4"], "no example has a target token within 4 tokens"),
     ],

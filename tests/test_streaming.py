@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_one.collect import collect_gradients, watch_activations
 from lora_one.config import ExperimentConfig
+from lora_one.data.batches import collate_slots
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.gradients import estimate_gradient
@@ -20,7 +21,7 @@ from lora_one.losses import weighted_loss
 from lora_one.memory import LivePeak
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
-from lora_one.sample import collate_slots, sample_batches
+from lora_one.sample import sample_batches
 from lora_one.sketch import SketchSize
 from lora_one.streaming import one_pass, two_passes
 from lora_one.triplets import energy_share
@@ -310,7 +311,7 @@ def test_the_default_on_a_pretrained_model_and_published_data(data, bsz, iters):
     )
     assert found.estimator == ("sketch" if bsz == 8 else "sketch_two_pass")
     with collect_gradients(model, targets) as exact:
-        for slots in sample_batches(examples, config("exact", **settings), 0, ALONE)[1]:
+        for slots in sample_batches(examples, config("exact", **settings), ALONE)[1]:
             weighted_loss(model, collate_slots(examples, slots, 0)).backward()
     for name, ours in found.layers.items():
         assert energy_share(exact.G_OI[name], ours, 16) > 0.995, name

@@ -10,7 +10,8 @@ from conftest import ALONE, on_two_processes, random_examples, small_llama
 from peft import LoraConfig, get_peft_model
 
 from lora_one import training
-from lora_one.config import ExperimentConfig, ModelConfig, WandbConfig
+from lora_one.config import ExperimentConfig, WandbConfig
+from lora_one.data.batches import Limits
 from lora_one.errors import UserError
 from lora_one.processes import Processes, start_processes
 from lora_one.tracking import Tracker, read_metrics
@@ -49,19 +50,19 @@ def curve(folder: Path, figure: str = "loss") -> list[float]:
 
 def test_any_micro_batching_gives_the_same_curve(tmp_path):
     curves, norms = [], []
-    for size in (1, 4, 8):
-        folder = tmp_path / str(size)
+    cuts = [{"per_device_batch_size": 1}, {"per_device_batch_size": 3}, {"max_tokens_per_device": 40}, {}]
+    for number, cut in enumerate([*cuts, {"max_tokens_per_device": 40, "packing": True}]):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        _, result = fit(folder, config(per_device_batch_size=size))
+        _, result = fit(folder, config(**cut))
         curves.append(curve(folder))
         # Adam hardly sees the gradient's scale, so look at it too.
         norms.append(curve(folder, "grad_norm"))
         assert result.n_steps == 12
     assert len(curves[0]) == 12
-    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
-    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
-    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)
-    np.testing.assert_allclose(norms[2], norms[0], rtol=1e-3)
+    for other, norm in zip(curves[1:], norms[1:], strict=True):
+        np.testing.assert_allclose(other, curves[0], rtol=1e-4)
+        np.testing.assert_allclose(norm, norms[0], rtol=1e-3)
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -89,7 +90,12 @@ def test_reported_loss_is_the_window_mean(tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     per_epoch = [row["loss"] for row in rows if "loss" in row and row["step"] <= 6]
     weights = [8, 8, 8, 8, 8, 4]
-    settings = {"reduction": "sample", "batch_size": 5, "pad_id": 0, "processes": ALONE}
+    settings = {
+        "reduction": "sample",
+        "limits": Limits(max_examples=5),
+        "pad_id": 0,
+        "processes": ALONE,
+    }
     expected = training.validation_loss(small_llama(), random_examples(44), **settings)
     assert np.average(per_epoch, weights=weights) == pytest.approx(expected, rel=1e-5)
     assert result.validation_loss == pytest.approx(
@@ -182,7 +188,7 @@ def test_early_stopping(tmp_path):
 
 
 def test_several_visible_gpus_do_not_replicate_the_model(tmp_path):
-    plan = training.TrainPlan(1, 1, 1, 1)
+    plan = training.TrainPlan(1, 1)
     arguments = training._arguments(config(), plan, tmp_path)
     assert arguments.n_gpu <= 1
 
@@ -200,7 +206,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_remarks_on_the_steps_to_come():
-    lines = training.remarks(44, config(warmup_steps=100, max_steps=50), 1)
+    lines = training.remarks(44, config(warmup_steps=100, max_steps=50))
     assert lines == [
         "2 epochs end after 12 steps, before model.max_steps=50",
         "model.warmup_steps=100 covers all 12 steps",
@@ -216,7 +222,7 @@ def test_warmup_is_so_many_steps_or_a_share_of_them(tmp_path):
         rates.append(curve(folder, "learning_rate"))
     assert rates[0] == rates[1] == rates[2]  # 2.4 of 12 steps is three
     assert rates[0][:5] == pytest.approx([0, 5e-3 / 3, 1e-2 / 3, 5e-3, 5e-3])
-    lines = training.remarks(44, config(warmup_ratio=1.0), 1)
+    lines = training.remarks(44, config(warmup_ratio=1.0))
     assert lines == ["model.warmup_ratio=1.0 covers all 12 steps"]
 
 
@@ -231,33 +237,6 @@ def test_an_unfinished_checkpoint_is_not_resumed(tmp_path):
 def test_a_metrics_line_cut_by_a_crash_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
-
-
-@pytest.mark.parametrize(
-    ("real", "per_device", "world_size", "expected"),
-    [
-        (32, None, 1, (8, 4)),
-        (32, 1, 1, (1, 32)),
-        (32, 4, 2, (4, 4)),
-        (6, None, 2, (3, 1)),
-        (32, 32, 1, (32, 1)),
-    ],
-)
-def test_plan(real, per_device, world_size, expected):
-    settings = ModelConfig(name="x", real_batch_size=real, per_device_batch_size=per_device)
-    plan = training.plan_training(100, settings, world_size)
-    assert (plan.per_device_batch_size, plan.accumulation_steps) == expected
-
-
-@pytest.mark.parametrize(
-    ("real", "per_device", "world_size"), [(32, 5, 1), (32, 8, 3), (10, 4, 2), (3, None, 2)]
-)
-def test_batches_are_never_floored(real, per_device, world_size):
-    settings = ModelConfig(name="x", real_batch_size=real, per_device_batch_size=per_device)
-    with pytest.raises(
-        UserError, match=f"model.real_batch_size={real}: not divisible by {world_size} processes"
-    ):
-        training.plan_training(100, settings, world_size)
 
 
 def test_a_tracker_that_fails_never_stops_a_run(tmp_path, monkeypatch, capsys):

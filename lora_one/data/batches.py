@@ -7,6 +7,8 @@ micro-batches and processes adds up to the same loss and the same gradient.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +20,26 @@ from lora_one.data.encoding import Encoded
 IGNORED = -100
 Slot = tuple[int, float]  # index of the example (-1: an empty slot), weight of its target tokens
 Batch = dict[str, Tensor]
+EMPTY: Slot = (-1, 0.0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The size of a micro-batch.
+
+    Attributes:
+        max_tokens: Its tokens, padding included; a longer example is alone.
+        max_examples: Its examples, instead.
+        packed: Whether its examples stand in one row, without padding.
+    """
+
+    max_tokens: int | None = None
+    max_examples: int | None = None
+    packed: bool = False
+
+    def __str__(self) -> str:
+        what = f"{self.max_tokens:,} tokens" if self.max_tokens else f"{self.max_examples} examples"
+        return f"at most {what}" + (", packed" if self.packed else "")
 
 
 def window_weights(examples: Sequence[Encoded], indices: Sequence[int], reduction: str) -> list[float]:
@@ -35,28 +57,128 @@ def window_weights(examples: Sequence[Encoded], indices: Sequence[int], reductio
     return [1 / total] * len(indices)
 
 
-def collate(slots: Sequence[tuple[Encoded | None, float]], pad_id: int) -> Batch:
-    """Right-pads examples into one batch.
+def split_window(
+    examples: Sequence[Encoded], indices: Sequence[int], *, limits: Limits, reduction: str, world_size: int
+) -> list[list[list[Slot]]]:
+    """The micro-batches of one window, of every process: all have as many, of about the same size.
+
+    Examples of similar length come together, longest first; empty micro-batches fill up the last round,
+    because sharded models and collective steps wait for each other.
+    """
+    weights = dict(zip(indices, window_weights(examples, indices, reduction), strict=True))
+    groups = _even_groups(
+        sorted(indices, key=lambda index: -len(examples[index].ids)), examples, limits, world_size
+    )
+    shares: list[list[list[Slot]]] = [[] for _ in range(world_size)]
+    for start in range(0, len(groups), world_size):
+        members = [[(index, weights[index]) for index in group] for group in groups[start:][:world_size]]
+        members += [[EMPTY]] * (world_size - len(members))
+        # Back and forth, so that no process always gets the longest.
+        order = members if start // world_size % 2 == 0 else members[::-1]
+        for share, slots in zip(shares, order, strict=True):
+            share.append(slots)
+    return shares
+
+
+def _even_groups(
+    by_length: list[int], examples: Sequence[Encoded], limits: Limits, world_size: int
+) -> list[list[int]]:
+    """As few groups as the limits and the number of processes allow, the largest as small as can be."""
+    lengths = [len(examples[index].ids) for index in by_length]
+    if limits.max_tokens is None:
+        assert limits.max_examples is not None
+        size = max(1, min(limits.max_examples, -(-len(by_length) // world_size)))
+        return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    rounds = -(-len(_cuts(lengths, limits.max_tokens, limits.packed)) // world_size)
+    low, high = 1, limits.max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cuts(lengths, middle, limits.packed)) <= rounds * world_size:
+            high = middle
+        else:
+            low = middle + 1
+    cuts = [*_cuts(lengths, high, limits.packed), len(by_length)]
+    return [by_length[start:end] for start, end in pairwise(cuts)]
+
+
+def _cuts(lengths: Sequence[int], max_tokens: int, packed: bool) -> list[int]:
+    """Where the groups start if each, of descending lengths, takes all that it can hold."""
+    starts, n_tokens = [0], 0
+    for position, length in enumerate(lengths):
+        first = starts[-1]
+        n_tokens = n_tokens + length if packed else (position - first + 1) * lengths[first]
+        if n_tokens > max_tokens and position > first:
+            starts.append(position)
+            n_tokens = length
+    return starts
+
+
+def collate(slots: Sequence[tuple[Encoded, float]], pad_id: int, *, packed: bool = False) -> Batch:
+    """Makes one batch of examples, each with the weight of its target tokens.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` (B, T) int64 and ``weights`` (B,) float32.
+        ``input_ids``, ``attention_mask`` (B, T) int64, right-padded; ``labels`` of the same shape, or with
+        pairs (B, T of the decoder); ``positions`` (N,) int64, the places in the flattened output whose
+        prediction is judged; ``targets`` (N,) int64, the tokens they should predict; ``weights`` (N,)
+        float32. Packed, B is 1 and ``position_ids`` (1, T), starting again at every example, is there instead
+        of a mask.
     """
-    ids_per_slot = [np.array([pad_id, pad_id]) if example is None else example.ids for example, _ in slots]
-    length = max(len(ids) for ids in ids_per_slot)
-    input_ids = np.full((len(slots), length), pad_id, dtype=np.int64)
-    attention = np.zeros((len(slots), length), dtype=np.int64)
-    labels = np.full((len(slots), length), IGNORED, dtype=np.int64)
-    for row, ((example, _), ids) in enumerate(zip(slots, ids_per_slot, strict=True)):
-        input_ids[row, : len(ids)] = ids
-        attention[row, : len(ids)] = 1
-        if example is not None:
-            labels[row, example.n_prompt : len(ids)] = ids[example.n_prompt :]
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention),
-        "labels": torch.from_numpy(labels),
-        "weights": torch.tensor([weight for _, weight in slots], dtype=torch.float32),
+    examples = [example for example, _ in slots]
+    is_pair = examples[0].is_pair
+    inputs = [example.ids[: example.n_prompt] if is_pair else example.ids for example in examples]
+    labels = [_labels(example) for example in examples]
+    if packed:
+        inputs_BT, labels_BT = np.concatenate(inputs)[None], np.concatenate(labels)[None]
+    else:
+        inputs_BT, labels_BT = _padded(inputs, pad_id), _padded(labels, IGNORED)
+    predicted_BT = labels_BT
+    if not is_pair:  # the output at one place predicts the token at the next
+        predicted_BT = np.full_like(labels_BT, IGNORED)
+        predicted_BT[:, :-1] = labels_BT[:, 1:]
+    predicted = predicted_BT.reshape(-1)
+    positions = np.flatnonzero(predicted != IGNORED)
+    weights = np.repeat([weight for _, weight in slots], [max(0, example.n_target) for example in examples])
+    batch = {
+        "input_ids": torch.from_numpy(inputs_BT),
+        "labels": torch.from_numpy(labels_BT),
+        "positions": torch.from_numpy(positions),
+        "targets": torch.from_numpy(predicted[positions]),
+        "weights": torch.from_numpy(weights.astype(np.float32)),
     }
+    lengths = [len(ids) for ids in inputs]
+    if packed:
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    else:
+        places = np.arange(inputs_BT.shape[1])
+        batch["attention_mask"] = torch.from_numpy((places < np.array(lengths)[:, None]).astype(np.int64))
+    return batch
+
+
+def _labels(example: Encoded) -> np.ndarray:
+    if example.is_pair:
+        return example.ids[example.n_prompt :]
+    labels = example.ids.astype(np.int64)
+    labels[: max(1, example.n_prompt)] = IGNORED  # nothing predicts the first token
+    return labels
+
+
+def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """The rows, right-padded to the longest, as int64; at least one column."""
+    padded = np.full((len(rows), max(1, *(len(row) for row in rows))), value, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
+
+
+def collate_slots(
+    examples: Sequence[Encoded], slots: Sequence[Slot], pad_id: int, *, packed: bool = False
+) -> Batch:
+    """One batch of examples that are named by their place in the split."""
+    chosen = [
+        (examples[index] if index >= 0 else examples[0].blank(), weight if index >= 0 else 0.0)
+        for index, weight in slots
+    ]
+    return collate(chosen, pad_id, packed=packed)
 
 
 def whole_window(
@@ -65,22 +187,21 @@ def whole_window(
     *,
     batch_size: int,
     reduction: str,
-    pad_id: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[list[Slot]]:
-    """This process's micro-batches of one window; over all processes they hold it exactly once."""
+    """This process's batches of one window, in its order; over all processes they hold it exactly once."""
     weights = window_weights(examples, indices, reduction)
     slots = list(zip(indices, weights, strict=True))
     batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
     return batches[rank::world_size]
 
 
-class WindowSampler(Sampler[list[Slot]]):
-    """Micro-batches of the training windows of one epoch, for one process.
+class WindowSampler(Sampler[list[list[Slot]]]):
+    """The micro-batches of one process in every window of an epoch.
 
-    The order is a permutation drawn from (seed, epoch). Every window is dealt out to the processes
-    in turn; the last window of an epoch may be smaller, its empty slots carry no loss.
+    The order of the examples is a permutation drawn from (seed, epoch). The last window of an epoch may
+    be smaller.
     """
 
     def __init__(
@@ -88,7 +209,7 @@ class WindowSampler(Sampler[list[Slot]]):
         examples: Sequence[Encoded],
         *,
         real_batch_size: int,
-        per_device_batch_size: int,
+        limits: Limits,
         reduction: str,
         seed: int,
         rank: int = 0,
@@ -96,7 +217,7 @@ class WindowSampler(Sampler[list[Slot]]):
     ) -> None:
         self.examples = examples
         self.real_batch_size = real_batch_size
-        self.per_device_batch_size = per_device_batch_size
+        self.limits = limits
         self.reduction = reduction
         self.seed = seed
         self.rank = rank
@@ -107,26 +228,18 @@ class WindowSampler(Sampler[list[Slot]]):
         """Selects the permutation of the next iteration; the Trainer calls this when it resumes."""
         self.epoch = epoch
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches of one process in one optimiser step."""
-        return self.real_batch_size // (self.per_device_batch_size * self.world_size)
-
-    @property
-    def n_windows(self) -> int:
-        """Optimiser steps of one epoch."""
+    def __len__(self) -> int:
         return -(-len(self.examples) // self.real_batch_size)
 
-    def __len__(self) -> int:
-        return self.n_windows * self.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[list[Slot]]]:
         for indices in self.windows():
-            weights = window_weights(self.examples, indices, self.reduction)
-            mine = list(zip(indices, weights, strict=True))[self.rank :: self.world_size]
-            for step in range(self.accumulation_steps):
-                start = step * self.per_device_batch_size
-                yield mine[start : start + self.per_device_batch_size] or [(-1, 0.0)]
+            yield split_window(
+                self.examples,
+                indices,
+                limits=self.limits,
+                reduction=self.reduction,
+                world_size=self.world_size,
+            )[self.rank]
 
     def windows(self) -> Iterator[list[int]]:
         """The windows of the current epoch, as indices into the split."""
@@ -136,14 +249,17 @@ class WindowSampler(Sampler[list[Slot]]):
 
 
 class WindowLoader(DataLoader):
-    """A data loader over a ``WindowSampler``."""
+    """A data loader over a ``WindowSampler``: each item is a list of micro-batches, one optimiser step."""
 
     def __init__(self, sampler: WindowSampler, pad_id: int) -> None:
         self.windows = sampler
+        examples, packed = sampler.examples, sampler.limits.packed
         super().__init__(
-            _Slots(sampler.examples),
+            _Themselves(),
             batch_sampler=sampler,
-            collate_fn=lambda slots: collate(slots, pad_id),
+            collate_fn=lambda window: [
+                collate_slots(examples, slots, pad_id, packed=packed) for slots in window
+            ],
             # Its own generator: iterating must not draw from the one that dropout uses.
             generator=torch.Generator().manual_seed(sampler.seed),
         )
@@ -153,13 +269,8 @@ class WindowLoader(DataLoader):
         self.windows.set_epoch(epoch)
 
 
-class _Slots(torch.utils.data.Dataset):
-    def __init__(self, examples: Sequence[Encoded]) -> None:
-        self.examples = examples
+class _Themselves(torch.utils.data.Dataset):
+    """What the sampler yields is all that the collation needs."""
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, slot: Slot) -> tuple[Encoded | None, float]:
-        index, weight = slot
-        return (None if index < 0 else self.examples[index]), weight
+    def __getitem__(self, slots: list[Slot]) -> list[Slot]:
+        return slots

@@ -14,15 +14,24 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt, target and end token; the first ``n_prompt`` are not learned."""
+    """Token ids of prompt, target and end token; the first ``n_prompt`` are not learned.
+
+    ``is_pair``: the prompt is for an encoder and the target for its decoder, not one text.
+    """
 
     ids: np.ndarray
     n_prompt: int
+    is_pair: bool = False
 
     @property
     def n_target(self) -> int:
-        """Positions that carry a loss. The first token of a sequence is never predicted."""
-        return len(self.ids) - max(self.n_prompt, 1)
+        """Positions that carry a loss. The first token of one text is never predicted."""
+        return len(self.ids) - (self.n_prompt if self.is_pair else max(self.n_prompt, 1))
+
+    def blank(self) -> "Encoded":
+        """A short example of the same kind that carries no loss, to fill a batch."""
+        ids = self.ids[:2]
+        return Encoded(ids, len(ids), self.is_pair)
 
 
 @dataclass(frozen=True)
