@@ -155,10 +155,11 @@ class _TensorBoard:
         self._step = step
 
     def log(self, point: dict[str, float], step: int | None) -> None:
+        writer = self._writer  # opened with the step before
         self._step = self._step if step is None else step
         for name, value in point.items():
-            self._writer.add_scalar(name, value, self._step)
-        self._writer.flush()  # a killed program's points up to its last checkpoint are not made again
+            writer.add_scalar(name, value, self._step)
+        writer.flush()  # a killed program's points up to its last checkpoint are not made again
 
     def summarise(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -172,7 +173,7 @@ def check_tensorboard() -> None:
     """Raises UserError where TensorBoard is not installed: it comes with an extra."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
-            "tensorboard=true: the package is not installed; pip install tensorboard, or tensorboard=false"
+            "tensorboard=true: the package is not installed; pip install tensorboard, or leave it off"
         )
 
 

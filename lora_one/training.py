@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,8 @@ def train(
     resumed_from = step_of(checkpoint) if checkpoint else 0
     steps = Steps(sampler)
     stop = StopOnSignal(processes, keeps_checkpoints=not config.peft.adalora)
-    callbacks: list[TrainerCallback] = [
-        stop,
-        StopOnDivergence(steps, folder),
-        _Progress(plan.n_steps, steps, processes.is_main),
-    ]
+    progress = _Progress(plan.n_steps, steps, processes.is_main)
+    callbacks: list[TrainerCallback] = [stop, StopOnDivergence(steps, folder), progress]
     if config.model.early_stopping_patience is not None:
         callbacks.append(_EarlyStopping(config.model.early_stopping_patience))
     seconds_before = 0.0
@@ -186,7 +184,7 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with stop.deferring():
+        with stop.deferring(), closing(progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if processes.is_main and not stop.stopped:
                 write_text(done_file, json.dumps({"step": trainer.state.global_step}))
@@ -418,6 +416,10 @@ class _Progress(TrainerCallback):
             self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line: what is printed next, perhaps an error, begins its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
