@@ -29,14 +29,19 @@ def to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot, for folders
+            raise
     finally:
         os.close(descriptor)
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether ``error`` says so, or could not because its library does not, and ``folder``'s disk is full."""
+    """Whether ``error`` says so, or its library cannot say it and ``folder``'s disk is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return True
     return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 

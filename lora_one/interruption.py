@@ -1,8 +1,8 @@
 """Being asked to stop, by SIGTERM or SIGUSR1, which is how Slurm and other schedulers ask.
 
 Anywhere but in training the first signal ends the program where it is, and nothing is lost. Training first
-finishes its optimiser step and keeps a checkpoint. Either way the exit code says that the run is unfinished
-and that the same command goes on.
+finishes its optimiser step, and a validation that is due with it, and keeps a checkpoint. Either way the exit
+code says that the run is unfinished and that the same command goes on.
 """
 
 import os

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ALONE, only_run
+from safetensors import SafetensorError
 from test_training import adapted_llama, config, curve, fit
 
 from lora_one import checkpoints, training
@@ -121,6 +122,10 @@ def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def full_disk_of_safetensors(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 def torch_writer(*_, **__):
     raise RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file")
 
@@ -129,7 +134,7 @@ def torch_writer(*_, **__):
     ("function", "failure", "words"),
     [
         ("torch.save", full_disk, "no space is left on the disk of "),
-        ("safetensors.torch.save_file", full_disk, "no space is left on the disk of "),
+        ("peft.peft_model.safe_save_file", full_disk_of_safetensors, "no space is left on the disk of "),
         ("torch.save", torch_writer, "PytorchStreamWriter failed writing file"),
         ("lora_one.checkpoints.to_disk", full_disk, "no space is left on the disk of "),
     ],
@@ -145,7 +150,6 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, function, failur
         log(self, args, state, control, **kwargs)
         if state.global_step == 5:
             patch.setattr(function, failure)
-            patch.setattr("peft.peft_model.safe_save_file", failure)
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Log, "on_log", fill_the_disk)
