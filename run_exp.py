@@ -291,8 +291,6 @@ def start(composed: DictConfig) -> None:
     if not config.peft.use_peft:
         processes.say("peft=full_ft: all weights are trained, init is ignored")
     training.device_batch_size(config.model, processes.world_size)
-    if config.tensorboard:
-        check_tensorboard()
     if config.model.device_map is not None and processes.world_size > 1:
         raise UserError(
             f"model.device_map={config.model.device_map}: spreads the model over all GPUs of one process; "
@@ -300,6 +298,8 @@ def start(composed: DictConfig) -> None:
         )
     if "model.prec_reg" in named and not config.optimizer.is_preconditioned:
         processes.say(f"note: model.prec_reg has no effect with optimizer={config.optimizer.name}")
+    if config.tensorboard:
+        check_tensorboard()
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
         return

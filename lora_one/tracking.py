@@ -166,7 +166,8 @@ class _TensorBoard:
             self._writer.add_scalar(f"final/{name}", value, self._step)
 
     def finish(self, exit_code: int) -> None:
-        self._writer.close()
+        if self._opened is not None:  # a writer opened only now would take points back
+            self._opened.close()
 
 
 def check_tensorboard() -> None:

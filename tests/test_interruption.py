@@ -79,6 +79,15 @@ def test_elsewhere_the_signal_ends_the_run_at_once(cli, tmp_path, monkeypatch, s
     assert cli(*settings).returncode == 0
 
 
+def test_an_interruption_by_hand_is_no_failure(cli, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("run_exp.evaluate_gsm8k", interrupted)
+    assert cli(*SHORT).returncode == 130
+    assert record_of(only_run(tmp_path / "results"))["status"] == "unfinished"
+
+
 def test_a_signal_while_a_finished_run_is_closed_takes_nothing_back(cli, tmp_path, monkeypatch):
     def signalled(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -65,6 +65,14 @@ def fit_tracked(folder, settings, tracker):
         fit(folder, settings)
 
 
+def test_a_start_that_did_not_come_to_training_takes_no_point_back(tmp_path):
+    with Tracker(OFF, "run", tmp_path, {}, tensorboard=True) as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    with Tracker(OFF, "run", tmp_path, {}, tensorboard=True):
+        pass
+    assert points(tmp_path) == {"loss": [(1, 1.0)]}
+
+
 def test_a_tensorboard_that_fails_is_said_once(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError("disk full")
