@@ -29,8 +29,8 @@ class StopOnDivergence(TrainerCallback):
             if not math.isfinite((logs or {}).get(key, 0.0)):
                 seen = "" if key == "eval_loss" else f" ({self._examples(state.global_step - 1)})"
                 raise UserError(
-                    f"step {state.global_step}: the {name} is {logs[key]}{seen}; lower model.learning_rate, "
-                    "use model.bf16=false, or check the data; the last good checkpoint is "
+                    f"step {state.global_step}: the {name} is {logs[key]}; lower model.learning_rate, use "
+                    f"model.bf16=false, or check the data{seen}; the last good checkpoint is "
                     f"{name_last(self.folder)}; the run is kept as failed"
                 )
 
@@ -38,4 +38,4 @@ class StopOnDivergence(TrainerCallback):
         rows = self.steps.examples(step)
         more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
         named = ", ".join(str(row) for row in rows[:_MOST_NAMED])
-        return f"its examples in the encoded training split: {named}{more}"
+        return f"examples {named}{more} of the encoded training split"
