@@ -4,6 +4,9 @@
     python run_exp.py -m ++init.direction=LoRA-One seed=0,1   a sweep
     python run_exp.py dataset=meta_math dry_run=true          the plan, without loading any weights
 
+It exits with 0 when all is done, 1 on a failure, 2 on bad input, 130 on Ctrl-C, and with 75 when SIGTERM or
+SIGUSR1 asked it to stop: the run is unfinished then, and the same command goes on.
+
 ``run_experiment`` is the way of one experiment, a line a stage; the stages follow it in order, and
 after them how a launch begins and ends.
 """
@@ -11,7 +14,6 @@ after them how a launch begins and ends.
 import gc
 import logging
 import os
-import shutil
 import sys
 import traceback
 import warnings
@@ -34,21 +36,22 @@ from lora_one import portable, training
 from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
-from lora_one.errors import UserError
+from lora_one.errors import RunError, UserError
+from lora_one.files import is_disk_full, write_text
 from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
 from lora_one.gradients import GradientEstimate, estimate_gradient
 from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.inits import AdapterInit
+from lora_one.interruption import UNFINISHED, Unfinished, heeding_signals
 from lora_one.models import LoadedModel, adapter_ranks, load_model, load_tokenizer
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
 from lora_one.processes import end_processes, start_processes
-from lora_one.records import write_text
 from lora_one.runs import Run
 from lora_one.sample import gradient_batches, sample_indices
-from lora_one.tracking import Tracker
+from lora_one.tracking import Tracker, check_tensorboard
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -180,7 +183,8 @@ def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
     """The main process's tracker; the others have none."""
     mode = config.wandb.mode if run.processes.is_main else "disabled"
     settings = config.wandb.model_copy(update={"mode": mode})
-    return Tracker(settings, run.record.run_id, run.folder, config.model_dump())
+    tensorboard = config.tensorboard and run.processes.is_main
+    return Tracker(settings, run.record.run_id, run.folder, config.model_dump(), tensorboard)
 
 
 def train(config: ExperimentConfig, model: Any, data: Data, tracker: Tracker, run: Run) -> None:
@@ -291,6 +295,8 @@ def start(composed: DictConfig) -> None:
         )
     if "model.prec_reg" in named and not config.optimizer.is_preconditioned:
         processes.say(f"note: model.prec_reg has no effect with optimizer={config.optimizer.name}")
+    if config.tensorboard:
+        check_tensorboard()
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
         return
@@ -310,28 +316,53 @@ def start(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig, exit_codes: list[int]) -> None:
-    """Runs one job of a sweep; a failed one is reported and does not stop the next."""
+    """Runs one job of a sweep; a failed one is reported and does not stop the next.
+
+    Raises:
+        Unfinished: If a signal asks to stop: that is meant for the whole sweep.
+    """
     try:
-        start(composed)
+        with heeding_signals():  # here for launchers that do not come by main
+            start(composed)
         exit_codes.append(0)
     except UserError as error:
         complain(str(error))
         exit_codes.append(BAD_INPUT)
-    except OSError as error:
-        complain(" ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-        exit_codes.append(FAILED)
     except Exception as error:
-        traceback.print_exc()
-        complain(f"{type(error).__name__}: {error}{disk_hint(composed)}".splitlines()[0])
+        explain(error, Path(composed.results_dir))
         exit_codes.append(FAILED)
+    except Unfinished as stop:
+        if stop.together:
+            end_processes()  # the first to leave would have the launcher end the others
+        raise
     finally:
         # The last job's model must be gone before the next one's is loaded.
         gc.collect()
         torch.cuda.empty_cache()
-    if exit_codes[-1] != 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if exit_codes[-1] != 0 and is_launched_with_others():
         # The other processes may wait for this one: end the whole launch, the sweep can be repeated.
         sys.stdout.flush()
         os._exit(exit_codes[-1])
+
+
+def is_launched_with_others() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def explain(error: Exception, results_dir: Path) -> None:
+    """What went wrong, in one line; before it the traceback of what nobody foresaw."""
+    if isinstance(error, OSError):
+        text = " ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    elif isinstance(error, RunError):
+        text = str(error)
+    else:
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+    # Libraries report a full disk in many ways; this one is plain.
+    is_full = not isinstance(error, RunError) and is_disk_full(error, results_dir)
+    hint = f" (the disk of results_dir={results_dir} is full; make room and start again)"
+    complain(text + hint * is_full)
 
 
 def complain(text: str) -> None:
@@ -339,13 +370,6 @@ def complain(text: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     where = f" (process {rank})" if rank else ""
     print(f"error{where}: {text}", file=sys.stderr, flush=True)
-
-
-def disk_hint(composed: DictConfig) -> str:
-    """Libraries report a full disk in many ways; this one is plain."""
-    folder = Path(composed.results_dir)
-    is_full = folder.exists() and shutil.disk_usage(folder).free < 2**20
-    return f" (the disk of results_dir={folder} is full; make room and start again)" if is_full else ""
 
 
 def main() -> None:
@@ -366,13 +390,20 @@ def main() -> None:
         for note in notes if os.environ.get("RANK", "0") == "0" else []:
             print(f"note: {note}", file=sys.stderr)
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-        launch(lambda composed: job(composed, exit_codes))()
+        with heeding_signals():
+            launch(lambda composed: job(composed, exit_codes))()
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         complain(" ".join(str(error).split()))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the last checkpoint")
         sys.exit(INTERRUPTED)
+    except Unfinished as stop:
+        if os.environ.get("RANK", "0") == "0":
+            complain(str(stop))
+        if is_launched_with_others():
+            os._exit(UNFINISHED)  # where one alone was asked, the others may wait for it
+        sys.exit(UNFINISHED)
     end_processes()
     failed = sum(code != 0 for code in exit_codes)
     if failed and len(exit_codes) > 1:

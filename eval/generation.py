@@ -46,11 +46,13 @@ def generate(
     was_training = model.training
     model.eval()
     answers: list[tuple[int, str]] = []
-    with torch.inference_mode():
-        for batch in progress_bar(mine, shown=processes.is_main, desc=description, unit="batch"):
-            answers += zip(
-                batch, _continue(model, tokenizer, [ids[i] for i in batch], settings, processes), strict=True
-            )
+    with (
+        torch.inference_mode(),
+        progress_bar(mine, shown=processes.is_main, desc=description, unit="batch") as bar,
+    ):
+        for batch in bar:
+            generated = _continue(model, tokenizer, [ids[i] for i in batch], settings, processes)
+            answers += zip(batch, generated, strict=True)
     model.train(was_training)
     texts = dict(processes.gather(answers))
     return [texts[index] for index in range(len(prompts))]

@@ -254,6 +254,7 @@ class ExperimentConfig(Section):
     eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(0, ge=0, lt=2**32)
+    tensorboard: bool = Field(False, description="event files in the run folder's tensorboard/")
     gradient_checkpointing: bool = False
     dry_run: bool = False
     results_dir: str = "results"
@@ -312,7 +313,7 @@ class ExperimentConfig(Section):
 # What only adds an output, or says how to watch or how to cut the same sums into pieces, and so must not
 # change the run's folder.
 _OUTPUT_KEYS: dict[str, set[str]] = {
-    "": {"dry_run", "results_dir", "cache_dir", "wandb", "eval"},
+    "": {"dry_run", "results_dir", "cache_dir", "wandb", "tensorboard", "eval"},
     "dataset": {"rows"},
     "init": {"offload"},
     "model": {

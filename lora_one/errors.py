@@ -1,10 +1,14 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard."""
 
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that names what, where and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run that the machine could not carry on, whatever the input; one line too, and its record is kept."""
 
 
 def nearest(word: str, choices: list[str]) -> str:

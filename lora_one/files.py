@@ -1,5 +1,6 @@
 """Writing files and folders in one piece."""
 
+import errno
 import os
 import shutil
 import socket
@@ -16,10 +17,32 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        to_disk(partial)
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def to_disk(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is safe from a machine that stops."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot, for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether ``error`` says so, or its library cannot say it and ``folder``'s disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from lora_one.adapters import ADAPTER, PREFIX
 from lora_one.config import ModelConfig
 from lora_one.errors import UserError
-from lora_one.files import whole_folder
+from lora_one.files import to_disk, whole_folder
 from lora_one.inits import AdapterInit
 from lora_one.models import LoadedModel, read_weights
 
@@ -36,6 +36,7 @@ def save_init(inits: Mapping[str, AdapterInit], path: Path) -> None:
     shifts = any(init.shifts_base for init in inits.values())
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"shifts_base": str(shifts)})
+    to_disk(partial)
     partial.replace(path)
 
 

@@ -37,7 +37,7 @@ class RunRecord:
     Attributes:
         run_id: Name of the run's folder.
         method: What is compared in tables.
-        status: ``running``, ``finished`` or ``failed``.
+        status: ``running``, ``finished``, ``failed``, or ``unfinished`` where somebody asked it to stop.
         stages: Seconds and peak resident bytes of each stage.
         metrics: Figures by name; those of an evaluation hold value, standard error and n.
     """
@@ -193,9 +193,9 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def finish(record: RunRecord, folder: Path, error: str | None = None) -> None:
-    """Closes the record as finished, or as failed with its error."""
-    record.status = "finished" if error is None else "failed"
+def finish(record: RunRecord, folder: Path, status: str = "finished", error: str | None = None) -> None:
+    """Closes the record, with the error that ended the run early."""
+    record.status = status
     record.error = error
     record.ended = _now()
     record.write(folder)

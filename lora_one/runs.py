@@ -10,8 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lora_one.config import ExperimentConfig
-from lora_one.errors import UserError
+from lora_one.errors import RunError, UserError
 from lora_one.files import write_text
+from lora_one.interruption import Unfinished
+from lora_one.out_of_memory import explain_out_of_memory, is_out_of_memory
 from lora_one.processes import Processes
 from lora_one.records import RunLock, RunRecord, finish, new_record, read_record, run_id
 
@@ -61,9 +63,18 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage, prints its time once, and stores the record after it."""
-        with self.record.stage(name):
-            yield
+        """Times a stage, prints its time once, and stores the record after it.
+
+        Raises:
+            RunError: If its memory runs out.
+        """
+        try:
+            with self.record.stage(name):
+                yield
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(explain_out_of_memory(error, name, self.record.config)) from None
         self.processes.say(f"[{name}] {self.record.stages[name]['seconds']:.1f} s")
         self.save()
 
@@ -92,11 +103,11 @@ class Run:
             if error is None:
                 if not self.is_finished:
                     finish(self.record, self.folder)
-                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # its purpose is served
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # its purpose is served
             elif self._created and isinstance(error, UserError) and not self.has_progress():
                 shutil.rmtree(self.folder, ignore_errors=True)
-            elif not self.is_finished:
-                self._fail(str(error) or type(error).__name__)
+            elif self.record.status != "finished":  # a signal may come while the finished run is closed
+                self._end_early(error)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -160,8 +171,10 @@ class Run:
             }
         return record
 
-    def _fail(self, text: str) -> None:
+    def _end_early(self, error: BaseException) -> None:
+        was_asked = isinstance(error, Unfinished | KeyboardInterrupt)
+        text = error.reason if isinstance(error, Unfinished) else str(error) or type(error).__name__
         try:
-            finish(self.record, self.folder, text)
+            finish(self.record, self.folder, "unfinished" if was_asked else "failed", text)
         except OSError as trouble:
             print(f"the failed run's record could not be written ({trouble.strerror})", file=sys.stderr)

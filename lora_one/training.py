@@ -1,32 +1,32 @@
 """Training by Hugging Face's Trainer, on batches and a loss of ours."""
 
 import json
-import math
 import time
-import zipfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lora_one.budget import micro_batch_limits
+from lora_one.checkpoints import last_checkpoint, partial_folder, step_of, whole_checkpoint
 from lora_one.config import ExperimentConfig, ModelConfig
 from lora_one.data.batches import Batch, Limits, WindowLoader, WindowSampler, collate_slots, split_window
 from lora_one.data.encoding import Encoded
-from lora_one.errors import UserError
+from lora_one.divergence import StopOnDivergence
 from lora_one.files import write_text
 from lora_one.fused import fused_adapters
+from lora_one.interruption import StopOnSignal
 from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
 from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
+from lora_one.steps import Steps
 from lora_one.tracking import MetricsFile, Tracker
 
 
@@ -101,6 +101,11 @@ def train(
         processes: Who trains together.
         folder: The run's folder; gets ``checkpoints/`` and ``metrics.jsonl``.
         tracker: Receives the logged points.
+
+    Raises:
+        UserError: If a loss is not finite, or only damaged checkpoints are left.
+        RunError: If a checkpoint cannot be written.
+        Unfinished: If a signal asks to stop; the checkpoint of the step has been written.
     """
     settle(model)
     plan = plan_training(len(train_examples), config.model)
@@ -114,15 +119,19 @@ def train(
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    checkpoint = processes.from_main(last_checkpoint(folder))
-    resumed_from = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    callbacks: list[TrainerCallback] = [_Progress(plan.n_steps, processes.is_main)]
+    checkpoint = processes.from_main(last_checkpoint(folder, processes.say))
+    resumed_from = step_of(checkpoint) if checkpoint else 0
+    steps = Steps(sampler)
+    stop = StopOnSignal(processes, keeps_checkpoints=not config.peft.adalora)
+    progress = _Progress(plan.n_steps, steps, processes.is_main)
+    callbacks: list[TrainerCallback] = [stop, StopOnDivergence(steps, folder), progress]
     if config.model.early_stopping_patience is not None:
         callbacks.append(_EarlyStopping(config.model.early_stopping_patience))
     seconds_before = 0.0
     if processes.is_main:
         metrics = MetricsFile(folder / "metrics.jsonl", keep_through_step=resumed_from)
         seconds_before = metrics.kept_seconds
+        tracker.go_on_after(resumed_from)
         callbacks.append(_Log(metrics, tracker, config.model.logging_steps))
     trainer = _WindowTrainer(
         model=model,
@@ -141,15 +150,15 @@ def train(
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     done_file = folder / "checkpoints" / "trained.json"
-    if checkpoint is not None and processes.from_main(done_file.exists() or resumed_from >= plan.n_steps):
+    if checkpoint is not None and processes.from_main(_is_trained(checkpoint, done_file, config, plan)):
         # Interrupted after its last step: the Trainer would take one more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with fused_adapters(model):
+        with stop.deferring(), closing(progress), fused_adapters(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if processes.is_main:
-            write_text(done_file, json.dumps({"step": trainer.state.global_step}))
+            if processes.is_main and not stop.stopped:
+                write_text(done_file, json.dumps({"step": trainer.state.global_step}))
     seconds = time.perf_counter() - start
     history = trainer.state.log_history
     return TrainResult(
@@ -157,7 +166,7 @@ def train(
         final_train_loss=_last(history, "loss"),
         validation_loss=_final_validation_loss(trainer),
         seconds=round(seconds_before + seconds, 3),
-        tokens_per_second=_tokens_between(sampler, resumed_from, trainer.state.global_step) / seconds,
+        tokens_per_second=steps.tokens(resumed_from, trainer.state.global_step) / seconds,
         resumed_from_step=resumed_from,
         escalated_dampings=_escalated(trainer, checkpoint),
     )
@@ -189,41 +198,6 @@ def validation_loss(
             total += weighted_loss(model, to_device(batch, processes.device)).item()
     model.train(was_training)
     return float(processes.sum_(total))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run; the Trainer writes ``trainer_state.json`` last.
-
-    Raises:
-        UserError: If a file of it is damaged.
-    """
-    states = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
-    complete = [path.parent for path in states if _is_json(path)]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    for file in sorted(newest.iterdir()) if newest else []:
-        if not _is_readable(file):
-            raise UserError(f"{file}: damaged; remove the folder {newest} and start again")
-    return newest
-
-
-def _is_readable(file: Path) -> bool:
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                return True
-        except (SafetensorError, OSError):
-            return False
-    if file.suffix in {".pt", ".pth"}:
-        return zipfile.is_zipfile(file)
-    return True
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return False
-    return True
 
 
 class _WindowTrainer(Trainer):
@@ -270,6 +244,14 @@ class _WindowTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
         return 0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(partial_folder(Path(super()._get_output_dir(trial))))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoints = Path(super()._get_output_dir(trial))
+        with whole_checkpoint(checkpoints, self.state.global_step, self.processes):
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, *arguments: Any, **settings: Any) -> None:
         # PEFT loads adapters in float32, whatever they were.
@@ -327,7 +309,6 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         # AdaLoRA's importance scores live outside the model: such a run starts over when interrupted.
         save_strategy="no" if config.peft.adalora else "steps",
         save_steps=model.save_steps,
-        save_total_limit=1,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
@@ -371,42 +352,52 @@ class _EarlyStopping(TrainerCallback):
         self.patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+        if self.is_over(state.log_history):
             control.should_training_stop = control.should_save = True
+
+    def is_over(self, log_history: list[dict[str, float]]) -> bool:
+        """Whether the patience has run out."""
+        losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 
 class _Progress(TrainerCallback):
-    """A bar with loss, learning rate, steps per second and time left."""
+    """A bar with loss, learning rate, tokens and steps per second, and time left."""
 
-    def __init__(self, n_steps: int, enabled: bool) -> None:
+    def __init__(self, n_steps: int, steps: Steps, enabled: bool) -> None:
         self.n_steps = n_steps
+        self.steps = steps
         self.enabled = enabled
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         start, total = state.global_step, self.n_steps
         self.bar = progress_bar(shown=self.enabled, total=total, initial=start, desc="train", unit="step")
+        self.begin, self.n_tokens = time.perf_counter(), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        for key, name in (("loss", "training loss"), ("eval_loss", "validation loss")):
-            if not math.isfinite((logs or {}).get(key, 0.0)):
-                raise UserError(
-                    f"step {state.global_step}: the {name} is {logs[key]}; lower model.learning_rate, "
-                    "use model.bf16=false, or check the data; the run is kept as failed"
-                )
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
+            self.n_tokens += self.steps.tokens(state.global_step - 1, state.global_step)
+            figures = {
+                "loss": f"{logs['loss']:.4f}",
+                "lr": f"{logs['learning_rate']:.1e}",
+                "tokens/s": f"{self.n_tokens / (time.perf_counter() - self.begin):,.0f}",
+            }
+            self.bar.set_postfix(figures, refresh=False)
         elif "eval_loss" in logs and self.enabled:
             self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line: what is printed next, perhaps an error, begins its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -440,6 +431,17 @@ def _final_validation_loss(trainer: Trainer) -> float:
     return trainer.evaluate()["eval_loss"]
 
 
+def _is_trained(checkpoint: Path, done_file: Path, config: ExperimentConfig, plan: TrainPlan) -> bool:
+    """Whether a checkpoint was the training's last, where that ended before it could say so too."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    patience = config.model.early_stopping_patience
+    return (
+        state.global_step >= plan.n_steps
+        or (patience is not None and _EarlyStopping(patience).is_over(state.log_history))
+        or (done_file.exists() and json.loads(done_file.read_text())["step"] == state.global_step)
+    )
+
+
 def _last(history: list[dict[str, float]], key: str) -> float:
     return next((entry[key] for entry in reversed(history) if key in entry), float("nan"))
 
@@ -450,14 +452,3 @@ def _escalated(trainer: Trainer, checkpoint: Path | None) -> int | None:
         return n_escalated(trainer.optimizer)
     (first, *_) = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
     return first.get("n_escalated")
-
-
-def _tokens_between(sampler: WindowSampler, first_step: int, last_step: int) -> int:
-    total = 0
-    for step in range(first_step, last_step, 1):
-        epoch, window = divmod(step, len(sampler))
-        if window == 0 or step == first_step:
-            sampler.epoch = epoch
-            windows = list(sampler.windows())
-        total += sum(len(sampler.examples[index].ids) for index in windows[window])
-    return total

@@ -133,6 +133,7 @@ def test_full_fine_tuning_ignores_the_default_init():
         "model.logging_steps=5",
         "dry_run=true",
         "results_dir=y",
+        "tensorboard=true",
     ],
 )
 def test_outputs_do_not_change_the_run(override):

@@ -364,7 +364,10 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
     command += ["model.max_steps=150", "model.save_steps=5", "init.direction=LoRA-GA", "init.stable_gamma=16"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.rglob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        while (
+            not list(tmp_path.rglob("checkpoints/checkpoint-*/trainer_state.json"))
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
     assert first.returncode == -signal.SIGKILL

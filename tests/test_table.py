@@ -58,6 +58,9 @@ def test_what_is_missing_is_named():
     remarks = notes(rows)
     assert any("seed 1 is failed: out of memory" in remark for remark in remarks)
     assert any("seed 1 was not run" in remark for remark in remarks)
+    stopped = record(1, None, status="unfinished") | {"error": "stopped by SIGTERM after step 3 of 5"}
+    (remark,) = notes(group([record(0, 0.6), stopped]))
+    assert remark.endswith("seed 1 is unfinished: stopped by SIGTERM after step 3 of 5")
 
 
 def test_settings_that_tell_rows_apart_are_shown():
