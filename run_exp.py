@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
     estimate = estimate_for_init(config, loaded, data, run)
     model, inits = initialise(config, loaded, estimate, data, run)
     with start_tracker(config, run) as tracker:
-        train(config, model, data, tracker, run)
+        train(config, model, data, loaded, tracker, run)
         export_adapter(config, model, inits, run)
         evaluate("test", config, model, data, loaded, run)
         tracker.summarise(run.record.figures())
@@ -187,7 +188,9 @@ def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
     return Tracker(settings, run.record.run_id, run.folder, config.model_dump(), tensorboard)
 
 
-def train(config: ExperimentConfig, model: Any, data: Data, tracker: Tracker, run: Run) -> None:
+def train(
+    config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, tracker: Tracker, run: Run
+) -> None:
     """Trains in place; an interrupted run goes on from its last complete checkpoint."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with run.stage("training"):
@@ -200,10 +203,23 @@ def train(config: ExperimentConfig, model: Any, data: Data, tracker: Tracker, ru
             processes=run.processes,
             folder=run.folder,
             tracker=tracker,
+            exact_match=exact_match(config, data, loaded, run),
         )
         total = sum(parameter.numel() for parameter in model.parameters())
         run.record.training = {"trainable_parameters": trainable, "parameters": total, **asdict(result)}
         run.record.metrics["validation_loss"] = result.validation_loss
+
+
+def exact_match(
+    config: ExperimentConfig, data: Data, loaded: LoadedModel, run: Run
+) -> Callable[[Any], float] | None:
+    """What measures the share of right answers on the validation split: the test split is for the end."""
+    if config.eval.task is None or not config.eval.during_training:
+        return None
+    examples, name = data.texts.validation, "validation"
+    return lambda model: (
+        evaluate_gsm8k(model, loaded.tokenizer, examples, config.eval, run.processes, name).value
+    )
 
 
 def export_adapter(config: ExperimentConfig, model: Any, inits: dict[str, AdapterInit], run: Run) -> None:
@@ -272,7 +288,11 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
 
 def graded(settings: dict[str, Any]) -> dict[str, Any]:
     """The part of the evaluation's settings that its result depends on."""
-    return {key: value for key, value in settings.items() if key not in ("batch_size", "before_training")}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in ("batch_size", "before_training", "during_training")
+    }
 
 
 def start(composed: DictConfig) -> None:

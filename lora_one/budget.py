@@ -1,6 +1,8 @@
 """How many tokens one micro-batch should hold, where nobody has said so."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from lora_one.config import ModelConfig
 from lora_one.data.batches import Limits, collate
 from lora_one.data.encoding import Encoded
+from lora_one.errors import UserError
 from lora_one.losses import to_device, weighted_loss
 from lora_one.processes import Processes
 
@@ -48,6 +51,26 @@ def micro_batch_limits(
     return Limits(
         max_tokens=max_tokens or _TOKENS_PER_THREAD * torch.get_num_threads(), packed=config.packing
     )
+
+
+@torch.no_grad()
+def check_packing(model: Any, examples: Sequence[Encoded], pad_id: int, device: torch.device) -> None:
+    """Raises UserError if packed examples see each other: then the loss of one depends on its neighbour."""
+    neighbour, example = examples[0], examples[-1]
+    backwards = replace(neighbour, ids=neighbour.ids[::-1].copy())
+    was_training = model.training
+    model.eval()
+    losses = []
+    for first in (neighbour, backwards):
+        batch = collate([(first, 0.0), (example, 1.0 / example.n_target)], pad_id, packed=True)
+        losses.append(weighted_loss(model, to_device(batch, device)).item())
+    model.train(was_training)
+    if not math.isclose(*losses, rel_tol=1e-6):
+        kind, attention = model.config.model_type, model.config._attn_implementation
+        raise UserError(
+            f"model.packing=true: {kind} with {attention} attention does not keep packed examples apart; "
+            "use model.packing=false, or another model.attn_implementation"
+        )
 
 
 def tokens_that_fit(peak_bytes: Callable[[int], int], length: int, free: int) -> int:

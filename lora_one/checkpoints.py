@@ -27,8 +27,12 @@ def partial_folder(checkpoints: Path) -> Path:
 
 
 @contextmanager
-def whole_checkpoint(checkpoints: Path, step: int, processes: Processes) -> Iterator[None]:
+def whole_checkpoint(
+    checkpoints: Path, step: int, processes: Processes, *, keep: int | None = None
+) -> Iterator[None]:
     """Publishes what was written as ``partial/checkpoint-<step>`` within it; then the older ones go.
+
+    But the one of step ``keep`` stays.
 
     Raises:
         RunError: If it could not be written; the last one is left as it was.
@@ -41,7 +45,7 @@ def whole_checkpoint(checkpoints: Path, step: int, processes: Processes) -> Iter
         yield
         processes.wait()
         if processes.is_main:
-            _publish(checkpoints, f"checkpoint-{step}")
+            _publish(checkpoints, f"checkpoint-{step}", f"checkpoint-{keep}")
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = _why_not_written(error, checkpoints)  # before there is room again
         if processes.is_main:
@@ -89,7 +93,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def _publish(checkpoints: Path, name: str) -> None:
+def _publish(checkpoints: Path, name: str, kept: str) -> None:
     partial = partial_folder(checkpoints)
     written = partial / name
     files = sorted(file for file in written.rglob("*") if file.is_file())
@@ -97,7 +101,7 @@ def _publish(checkpoints: Path, name: str) -> None:
     (written / _CONTENTS).write_text(json.dumps(sizes), encoding="utf-8")
     for path in (*files, written / _CONTENTS, written):
         to_disk(path)
-    older = list(checkpoints.glob("checkpoint-*"))
+    older = [folder for folder in checkpoints.glob("checkpoint-*") if folder.name != kept or kept == name]
     damaged = checkpoints / name  # else it would have been resumed
     if damaged.exists():
         older.remove(damaged)

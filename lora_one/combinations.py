@@ -140,6 +140,7 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
         ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
         ("peft.use_rslora", peft.adalora, "peft.adalora=false"),
         ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
+        ("eval.during_training", config.eval.task is None, "eval.task=gsm8k"),
     ]
     without_effect += [
         (f"optimizer.{key}", not optimizer.reads(key), f"another optimizer than {optimizer.name}")

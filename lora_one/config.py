@@ -229,6 +229,9 @@ class EvalConfig(Section):
 
     task: Literal["gsm8k"] | None = None
     before_training: bool = False
+    during_training: bool = Field(
+        False, description="also on the validation split, whenever its loss is measured"
+    )
     limit: int | None = Field(None, ge=1)
     max_new_tokens: int = Field(512, ge=1)
     batch_size: int = Field(32, ge=1)
@@ -318,7 +321,7 @@ _OUTPUT_KEYS: dict[str, set[str]] = {
     "init": {"offload"},
     "model": {
         *("shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg", "device_map"),
-        *("max_tokens_per_device", "per_device_batch_size", "packing"),
+        *("max_tokens_per_device", "per_device_batch_size", "packing", "compile", "attn_implementation"),
     },
 }
 

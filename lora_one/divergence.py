@@ -24,8 +24,8 @@ class StopOnDivergence(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Raises UserError with the step, its examples and the last good checkpoint."""
         for key, name in _FIGURES.items():
-            if key == "grad_norm" and control.should_evaluate:
-                continue  # the validation loss that comes now shows what the step did
+            if key == "grad_norm" and (control.should_evaluate or args.fp16):
+                continue  # the validation loss that comes now shows what the step did; float16 skips the step
             if not math.isfinite((logs or {}).get(key, 0.0)):
                 seen = "" if key == "eval_loss" else f" ({self._examples(state.global_step - 1)})"
                 raise UserError(

@@ -13,10 +13,40 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_one.adapters import ADAPTER, lora_layers
+from lora_one.config import ModelConfig
+from lora_one.errors import UserError
+
+
+@contextmanager
+def faster(model: Any, config: ModelConfig) -> Iterator[None]:
+    """Inside, the model trains by compiled blocks (``model.compile``), or else by fused adapters.
+
+    Raises:
+        UserError: If the blocks cannot be compiled here.
+    """
+    if not config.compile:
+        with fused_adapters(model):
+            yield
+        return
+    # Blocks alike are compiled once, and what is between them stays as it is.
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.compile(dynamic=True)
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise UserError(
+            f"model.compile=true: {str(error).splitlines()[0]}; use model.compile=false"
+        ) from error
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 @contextmanager

@@ -98,17 +98,17 @@ def load_model(
 ) -> LoadedModel:
     """Loads the pretrained model onto ``device`` and finds its target layers.
 
-    Frozen weights are bfloat16 with ``model.bf16``; trained ones, and all without it, float32.
+    Frozen weights are bfloat16 with ``model.bf16``, float16 with ``model.fp16``; trained ones float32.
 
     Raises:
         UserError: If the model cannot be read or has no weights, the device has no bfloat16, no
             layer matches the targets, or the rank is too large for one.
     """
     source = model_source(config.model.name)
-    check_bf16(config.model, device)
+    check_precision(config.model, device)
     # Weights that are trained stay in float32: most updates are smaller than bfloat16 can hold.
-    low_precision = config.model.bf16 and config.peft.use_peft
-    model = read_weights(config.model, source, torch.bfloat16 if low_precision else torch.float32)
+    low = torch.bfloat16 if config.model.bf16 else torch.float16 if config.model.fp16 else torch.float32
+    model = read_weights(config.model, source, low if config.peft.use_peft else torch.float32)
     if config.model.quantization is not None:
         _check_quantised(model, config.model)
     elif config.model.device_map is None:
@@ -212,8 +212,10 @@ def check_rank(model: Any, targets: tuple[str, ...], config: ExperimentConfig) -
             )
 
 
-def check_bf16(config: ModelConfig, device: torch.device) -> None:
-    """Raises UserError if bfloat16 is asked for on a device that has none."""
+def check_precision(config: ModelConfig, device: torch.device) -> None:
+    """Raises UserError for a number format that the device does not train in."""
+    if config.fp16 and device.type != "cuda":
+        raise UserError(f"model.fp16=true: not on this device ({device.type}); use model.fp16=false")
     if not config.bf16:
         return
     if device.type == "cuda":
@@ -244,11 +246,16 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
             **_quantised(config, dtype),
         )
     except UserError:
         raise
     except Exception as error:
+        asked = config.attn_implementation
+        if asked is not None and any(word in str(error) for word in (asked, "attn_implementation")):
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.attn_implementation={asked}: {reason}") from error
         raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
 
 

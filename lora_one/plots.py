@@ -25,6 +25,12 @@ def plot_run(record: RunRecord, folder: Path) -> None:
         axis.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation loss")
     axis.set(xlabel="optimiser step", ylabel="loss", yscale="log", title=_title(record))
     axis.grid(alpha=0.3, which="both")
+    right = [(row["step"], 100 * row["eval_exact_match"]) for row in rows if "eval_exact_match" in row]
+    if right:
+        share = axis.twinx()
+        share.plot(*zip(*right, strict=True), "s--", color="tab:green")
+        share.set(ylim=(0, 100), ylabel="exact match on the validation split, %")
+        axis.plot([], [], "s--", color="tab:green", label="exact match")
     axis.legend()
     partial = folder / "plot.partial.png"
     figure.savefig(partial, dpi=120)

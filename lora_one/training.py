@@ -2,30 +2,29 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from lora_one.budget import micro_batch_limits
+from lora_one.budget import check_packing, micro_batch_limits
+from lora_one.callbacks import AdaLora, EarlyStopping, KeepBest, Log, Progress, best_step
 from lora_one.checkpoints import last_checkpoint, partial_folder, step_of, whole_checkpoint
 from lora_one.config import ExperimentConfig, ModelConfig
 from lora_one.data.batches import Batch, Limits, WindowLoader, WindowSampler, collate_slots, split_window
 from lora_one.data.encoding import Encoded
 from lora_one.divergence import StopOnDivergence
 from lora_one.files import write_text
-from lora_one.fused import fused_adapters
+from lora_one.fused import faster
 from lora_one.interruption import StopOnSignal
 from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
 from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
 from lora_one.processes import Processes
-from lora_one.progress import progress_bar
 from lora_one.steps import Steps
 from lora_one.tracking import MetricsFile, Tracker
 
@@ -43,7 +42,7 @@ class TrainResult:
     """What training did; ``seconds`` of all starts, ``tokens_per_second`` of the last.
 
     ``escalated_dampings``: r x r matrices that a preconditioned optimiser had to damp by more than δ; None
-    with the others.
+    with the others. ``best_step``: the step that the weights are of with ``model.keep_best``, else None.
     """
 
     n_steps: int
@@ -53,6 +52,7 @@ class TrainResult:
     tokens_per_second: float
     resumed_from_step: int
     escalated_dampings: int | None = None
+    best_step: int | None = None
 
 
 def plan_training(n_examples: int, config: ModelConfig) -> TrainPlan:
@@ -89,6 +89,7 @@ def train(
     processes: Processes,
     folder: Path,
     tracker: Tracker,
+    exact_match: Callable[[Any], float] | None = None,
 ) -> TrainResult:
     """Trains ``model``'s trainable parameters in place, resuming from the folder's last checkpoint.
 
@@ -101,6 +102,7 @@ def train(
         processes: Who trains together.
         folder: The run's folder; gets ``checkpoints/`` and ``metrics.jsonl``.
         tracker: Receives the logged points.
+        exact_match: Measured with every validation loss, where given.
 
     Raises:
         UserError: If a loss is not finite, or only damaged checkpoints are left.
@@ -108,6 +110,8 @@ def train(
         Unfinished: If a signal asks to stop; the checkpoint of the step has been written.
     """
     settle(model)
+    if config.model.packing:
+        check_packing(model, train_examples, pad_id, processes.device)
     plan = plan_training(len(train_examples), config.model)
     limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes)
     sampler = WindowSampler(
@@ -123,16 +127,18 @@ def train(
     resumed_from = step_of(checkpoint) if checkpoint else 0
     steps = Steps(sampler)
     stop = StopOnSignal(processes, keeps_checkpoints=not config.peft.adalora)
-    progress = _Progress(plan.n_steps, steps, processes.is_main)
+    progress = Progress(plan.n_steps, steps, processes.is_main)
     callbacks: list[TrainerCallback] = [stop, StopOnDivergence(steps, folder), progress]
     if config.model.early_stopping_patience is not None:
-        callbacks.append(_EarlyStopping(config.model.early_stopping_patience))
+        callbacks.append(EarlyStopping(config.model.early_stopping_patience))
+    if config.model.keep_best:
+        callbacks.append(KeepBest())
     seconds_before = 0.0
     if processes.is_main:
         metrics = MetricsFile(folder / "metrics.jsonl", keep_through_step=resumed_from)
         seconds_before = metrics.kept_seconds
         tracker.go_on_after(resumed_from)
-        callbacks.append(_Log(metrics, tracker, config.model.logging_steps))
+        callbacks.append(Log(metrics, tracker, config.model.logging_steps))
     trainer = _WindowTrainer(
         model=model,
         args=_arguments(config, plan, folder),
@@ -144,9 +150,10 @@ def train(
         pad_id=pad_id,
         processes=processes,
         config=config,
+        exact_match=exact_match,
     )
     if config.peft.adalora:
-        trainer.add_callback(_AdaLora())
+        trainer.add_callback(AdaLora())
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     done_file = folder / "checkpoints" / "trained.json"
@@ -155,20 +162,24 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with stop.deferring(), closing(progress), fused_adapters(model):
+        with stop.deferring(), closing(progress), faster(model, config.model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if processes.is_main and not stop.stopped:
                 write_text(done_file, json.dumps({"step": trainer.state.global_step}))
     seconds = time.perf_counter() - start
-    history = trainer.state.log_history
+    history, last_loss = trainer.state.log_history, _final_validation_loss(trainer)
+    best = best_step(history) if config.model.keep_best else None
+    if best not in (None, trainer.state.global_step):
+        trainer._load_from_checkpoint(str(folder / "checkpoints" / f"checkpoint-{best}"))
     return TrainResult(
         n_steps=trainer.state.global_step,
-        final_train_loss=_last(history, "loss"),
-        validation_loss=_final_validation_loss(trainer),
+        final_train_loss=_all(history, "loss")[-1],
+        validation_loss=last_loss if best is None else min(_all(history, "eval_loss")),
         seconds=round(seconds_before + seconds, 3),
         tokens_per_second=steps.tokens(resumed_from, trainer.state.global_step) / seconds,
         resumed_from_step=resumed_from,
         escalated_dampings=_escalated(trainer, checkpoint),
+        best_step=best,
     )
 
 
@@ -211,10 +222,12 @@ class _WindowTrainer(Trainer):
         pad_id: int,
         processes: Processes,
         config: ExperimentConfig,
+        exact_match: Callable[[Any], float] | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.config = config
+        self.exact_match = exact_match
         self.loader = loader
         self.validation = validation
         self.pad_id = pad_id
@@ -250,7 +263,8 @@ class _WindowTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoints = Path(super()._get_output_dir(trial))
-        with whole_checkpoint(checkpoints, self.state.global_step, self.processes):
+        best = best_step(self.state.log_history) if self.config.model.keep_best else None
+        with whole_checkpoint(checkpoints, self.state.global_step, self.processes, keep=best):
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, *arguments: Any, **settings: Any) -> None:
@@ -280,6 +294,8 @@ class _WindowTrainer(Trainer):
             processes=self.processes,
         )
         metrics = {"eval_loss": loss}
+        if self.exact_match is not None:
+            metrics["eval_exact_match"] = self.exact_match(self.model)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -302,6 +318,7 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         lr_scheduler_type="constant_with_warmup" if model.lr_scheduler == "constant" else model.lr_scheduler,
         warmup_steps=model.warmup(plan.n_steps),
         bf16=model.bf16,
+        fp16=model.fp16,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -335,95 +352,6 @@ def adalora_penalty(model: Any) -> torch.Tensor:
     return weight * torch.stack(terms).mean()
 
 
-class _AdaLora(TrainerCallback):
-    """Moves AdaLoRA's rank budget between the layers, while the gradients of the step are there."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step)
-
-
-class _EarlyStopping(TrainerCallback):
-    """Stops after ``patience`` validation losses without a new best.
-
-    It reads the logged history, which checkpoints hold, and so goes on where it was.
-    """
-
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.is_over(state.log_history):
-            control.should_training_stop = control.should_save = True
-
-    def is_over(self, log_history: list[dict[str, float]]) -> bool:
-        """Whether the patience has run out."""
-        losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
-        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
-
-
-class _Progress(TrainerCallback):
-    """A bar with loss, learning rate, tokens and steps per second, and time left."""
-
-    def __init__(self, n_steps: int, steps: Steps, enabled: bool) -> None:
-        self.n_steps = n_steps
-        self.steps = steps
-        self.enabled = enabled
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        start, total = state.global_step, self.n_steps
-        self.bar = progress_bar(shown=self.enabled, total=total, initial=start, desc="train", unit="step")
-        self.begin, self.n_tokens = time.perf_counter(), 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.bar is None or not logs:
-            return
-        if "loss" in logs:
-            self.n_tokens += self.steps.tokens(state.global_step - 1, state.global_step)
-            figures = {
-                "loss": f"{logs['loss']:.4f}",
-                "lr": f"{logs['learning_rate']:.1e}",
-                "tokens/s": f"{self.n_tokens / (time.perf_counter() - self.begin):,.0f}",
-            }
-            self.bar.set_postfix(figures, refresh=False)
-        elif "eval_loss" in logs and self.enabled:
-            self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the bar's line: what is printed next, perhaps an error, begins its own."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-class _Log(TrainerCallback):
-    """Every step to ``metrics.jsonl``, every ``logging_steps``-th to the tracker."""
-
-    def __init__(self, metrics: MetricsFile, tracker: Tracker, every: int) -> None:
-        self.metrics = metrics
-        self.tracker = tracker
-        self.every = every
-        self.start = time.perf_counter() - metrics.kept_seconds
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        known = ("loss", "grad_norm", "learning_rate", "eval_loss")
-        point = {key: float(logs[key]) for key in known if key in logs}
-        if not point:
-            return
-        seconds = round(time.perf_counter() - self.start, 3)
-        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **point, "seconds": seconds}
-        self.metrics.append(row)
-        if "eval_loss" in point or state.global_step % self.every == 0:
-            self.tracker.log(point, step=state.global_step)
-
-
 def _final_validation_loss(trainer: Trainer) -> float:
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if evaluated and evaluated[-1]["step"] == trainer.state.global_step:
@@ -437,13 +365,13 @@ def _is_trained(checkpoint: Path, done_file: Path, config: ExperimentConfig, pla
     patience = config.model.early_stopping_patience
     return (
         state.global_step >= plan.n_steps
-        or (patience is not None and _EarlyStopping(patience).is_over(state.log_history))
+        or (patience is not None and EarlyStopping(patience).is_over(state.log_history))
         or (done_file.exists() and json.loads(done_file.read_text())["step"] == state.global_step)
     )
 
 
-def _last(history: list[dict[str, float]], key: str) -> float:
-    return next((entry[key] for entry in reversed(history) if key in entry), float("nan"))
+def _all(history: list[dict[str, float]], key: str) -> list[float]:
+    return [entry[key] for entry in history if key in entry]
 
 
 def _escalated(trainer: Trainer, checkpoint: Path | None) -> int | None:

@@ -144,7 +144,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, function, failur
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     whole, _ = fit(tmp_path / "whole", settings)
-    log = training._Log.on_log
+    log = training.Log.on_log
 
     def fill_the_disk(self, args, state, control, **kwargs):
         log(self, args, state, control, **kwargs)
@@ -152,7 +152,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, function, failur
             patch.setattr(function, failure)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", fill_the_disk)
+        patch.setattr(training.Log, "on_log", fill_the_disk)
         with pytest.raises(RunError, match=r"^the checkpoint of step 8 could not be written: ") as e:
             fit(tmp_path / "cut", settings)
     last = tmp_path / "cut" / "checkpoints" / "checkpoint-4"

@@ -29,7 +29,7 @@ def record_of(folder: Path) -> dict:
 
 def signalled_at(step: int, number: int = signal.SIGTERM):
     """Training's log, which sends the signal to this process in a step."""
-    log = training._Log.on_log
+    log = training.Log.on_log
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         log(self, args, state, control, logs=logs, **kwargs)
@@ -44,7 +44,7 @@ def test_training_keeps_a_checkpoint_and_goes_on_to_the_same_bits(cli, tmp_path,
     whole, cut = f"results_dir={tmp_path}/whole", f"results_dir={tmp_path}/cut"
     assert cli(*SHORT, whole).returncode == 0
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", signalled_at(2, number))
+        patch.setattr(training.Log, "on_log", signalled_at(2, number))
         done = cli(*SHORT, cut)
     assert done.returncode == UNFINISHED == 75
     reason = f"stopped by {number.name} after step 3 of 5"
@@ -102,14 +102,14 @@ def test_a_signal_while_a_finished_run_is_closed_takes_nothing_back(cli, tmp_pat
 
 
 def test_the_rest_of_a_sweep_is_not_started(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(training._Log, "on_log", signalled_at(2))
+    monkeypatch.setattr(training.Log, "on_log", signalled_at(2))
     assert cli("-m", "seed=0,1", *SHORT).returncode == UNFINISHED
     assert record_of(only_run(tmp_path / "results"))["status"] == "unfinished"
 
 
 def test_adalora_says_that_it_starts_over(cli, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", signalled_at(2))
+        patch.setattr(training.Log, "on_log", signalled_at(2))
         done = cli("peft=adalora", "debug=short", "model.max_steps=5")
     assert done.returncode == UNFINISHED
     assert (
@@ -122,7 +122,7 @@ def test_adalora_says_that_it_starts_over(cli, tmp_path, monkeypatch):
 
 def test_a_signal_in_the_last_step_lets_the_training_end(cli, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", signalled_at(5))
+        patch.setattr(training.Log, "on_log", signalled_at(5))
         done = cli(*SHORT)
     assert done.returncode == UNFINISHED
     folder = only_run(tmp_path / "results")

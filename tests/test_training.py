@@ -1,6 +1,7 @@
 """Training: the same curve however it is cut, and the same adapter after an interruption."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import ALONE, on_two_processes, random_examples, small_llama
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_one import training
 from lora_one.config import ExperimentConfig, WandbConfig
@@ -237,6 +239,84 @@ def test_an_unfinished_checkpoint_is_not_resumed(tmp_path):
 def test_a_metrics_line_cut_by_a_crash_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_best_weights_are_kept(tmp_path, monkeypatch, cut):
+    """A rate that ruins what was learned: the lowest validation loss is not the last."""
+    seen: dict[int, tuple[float, dict]] = {}
+    evaluate = training._WindowTrainer.evaluate
+
+    def watch(self, *arguments, **settings):
+        metrics = evaluate(self, *arguments, **settings)
+        seen[self.state.global_step] = (metrics["eval_loss"], weights(self.model))
+        return metrics
+
+    monkeypatch.setattr(training._WindowTrainer, "evaluate", watch)
+    settings = config(
+        keep_best=True, lr_scheduler="constant", learning_rate=0.3, eval_epochs=0.5, save_steps=2, epochs=3
+    )
+    if cut:
+        log = training.Log.on_log
+
+        def stop(self, args, state, control, logs=None, **more):
+            log(self, args, state, control, logs=logs, **more)
+            if state.global_step == 15:
+                raise Interrupted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Log, "on_log", stop)
+            with pytest.raises(Interrupted):
+                fit(tmp_path, settings)
+    model, result = fit(tmp_path, settings)
+    best = min(seen, key=lambda step: seen[step][0])
+    assert best < max(seen) == 18
+    assert (result.best_step, result.validation_loss) == (best, seen[best][0])
+    assert all(torch.equal(value, seen[best][1][name]) for name, value in weights(model).items())
+
+
+def test_a_measure_of_right_answers_goes_along(tmp_path):
+    shares = iter([0.25, 0.5])
+    tracker = Tracker(WandbConfig(mode="disabled"), "run", tmp_path, {})
+    training.train(
+        adapted_llama(),
+        random_examples(44),
+        random_examples(10, seed=1),
+        config(),
+        pad_id=0,
+        processes=ALONE,
+        folder=tmp_path,
+        tracker=tracker,
+        exact_match=lambda model: next(shares),
+    )
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    measured = [(row["step"], row["eval_exact_match"]) for row in rows if "eval_exact_match" in row]
+    assert measured == [(6, 0.25), (12, 0.5)]
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **shape))
+    with pytest.raises(UserError, match=r"model\.packing=true: bloom with eager attention does not keep"):
+        fit(tmp_path, config(packing=True), bloom)
+
+
+def test_compiled_blocks_train_alike(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("model.compile on a CPU needs g++")
+    curves = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        model, _ = fit(folder, config(compile=compiled, max_steps=3))
+        curves.append(curve(folder))
+        assert all(module._compiled_call_impl is None for module in model.modules())
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
 
 
 def test_a_tracker_that_fails_never_stops_a_run(tmp_path, monkeypatch, capsys):
