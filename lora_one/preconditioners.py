@@ -28,8 +28,8 @@ PAPER_DAMPING, LORA_PRO_DAMPING = 1e-6, 1e-8
 
 # Below this share of its diagonal entry, a pivot is mostly float32's rounding.
 _SMALLEST_PIVOT = 1e-6
-# Numbers in a chunk: 4 MiB of preconditioned gradients stay in a CPU's cache until they are used.
-_CHUNK = 2**20
+# Numbers in a chunk: 256 KiB of preconditioned gradients, or one pair, stay in the cache until they are used.
+_CHUNK = 2**16
 
 
 class FactorPair(NamedTuple):
@@ -178,13 +178,15 @@ class Workspace:
     """Memory for results on a CPU, where fresh memory costs more than the products that fill it."""
 
     def __init__(self) -> None:
-        self._buffers: dict[Any, Tensor] = {}
+        self._buffers: dict[Any, list[tuple[Tensor, Tensor]]] = {}
 
-    def like(self, tensor: Tensor, number: int) -> Tensor:
-        """The buffer of that number for such a tensor."""
-        key = (number, tensor.shape, tensor.dtype, tensor.device)
+    def like(self, part: Part, n: int) -> list[tuple[Tensor, Tensor]]:
+        """Buffers for the preconditioned gradients of n such parts."""
+        key = part.grad_A.shape, part.grad_B.shape, n
         if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(tensor)
+            self._buffers[key] = [
+                (torch.empty_like(part.grad_A), torch.empty_like(part.grad_B)) for _ in range(n)
+            ]
         return self._buffers[key]
 
 
@@ -210,27 +212,33 @@ def preconditioned(
         workspace: Kept from step to step.
         one_by_one: Pair by pair, for the sake of a CPU's cache, and not all of a shape at once.
     """
-    factors: list[nn.Parameter] = []
-    gradients: list[Tensor] = []
-    first, size = 0, 0
+    first = 0
     for group in groups:
         own_grams, first = grams.at(slice(first, first + len(group))), first + len(group)
         parts = parts_of(group, one_by_one=one_by_one)
         products = _products_with_gradients(parts, own_grams) if form != "classic" else ()
         mixed = mixing(own_grams, form, *products)
-        for part, own in zip(parts, mixed.of_each() if one_by_one else [mixed], strict=True):
-            outs: list[Tensor | None] = [None, None]
-            if one_by_one:
-                outs = [workspace.like(g, len(factors) + n) for n, g in enumerate((part.grad_A, part.grad_B))]
-            of_A, of_B = own.of_A(part.A, part.grad_A, outs[0]), own.of_B(part.B, part.grad_B, outs[1])
-            factors += [pair.A_RI for pair in part.pairs] + [pair.B_OR for pair in part.pairs]
-            gradients += [of_A, of_B] if one_by_one else [*of_A.unbind(), *of_B.unbind()]
-            size += of_A.numel() + of_B.numel()
-            if size > _CHUNK:
-                yield factors, gradients
-                factors, gradients, size = [], [], 0
-    if factors:
-        yield factors, gradients
+        if one_by_one:
+            yield from _by_chunks(parts, mixed.of_each(), workspace)
+        else:
+            ((_, A, B, grad_A, grad_B),) = parts
+            of_each = zip(mixed.of_A(A, grad_A).unbind(), mixed.of_B(B, grad_B).unbind(), strict=True)
+            yield _factors(group), [gradient for both in of_each for gradient in both]
+
+
+def _by_chunks(parts: Sequence[Part], mixed: Sequence[Mixing], workspace: Workspace) -> Iterator[Chunk]:
+    """The pairs of one group, each a part."""
+    n = max(1, min(len(parts), _CHUNK // (parts[0].grad_A.numel() + parts[0].grad_B.numel())))
+    buffers = workspace.like(parts[0], n)
+    for first in range(0, len(parts), n):
+        some, gradients = parts[first : first + n], []
+        for (_, A, B, grad_A, grad_B), own, (out_A, out_B) in zip(some, mixed[first:], buffers, strict=False):
+            gradients += [own.of_A(A, grad_A, out_A), own.of_B(B, grad_B, out_B)]
+        yield _factors([pair for part in some for pair in part.pairs]), gradients
+
+
+def _factors(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
+    return [factor for pair in pairs for factor in (pair.A_RI, pair.B_OR)]
 
 
 def solve_sylvester(M: Tensor, N: Tensor, C: Tensor) -> Tensor:
