@@ -23,6 +23,7 @@ from lora_one.preconditioners import (
     FactorPair,
     Form,
     Grams,
+    Stacks,
     Workspace,
     damped_grams,
     float32,
@@ -129,7 +130,7 @@ class _FactorOptimizer(torch.optim.Optimizer):
         for factor, pair in self._factors.items():
             if factor not in given:
                 raise UserError(f"{pair.name}: a LoRA factor of its pair is not among the parameters")
-        self._workspace = Workspace()
+        self._workspace, self._stacks = Workspace(), Stacks(self.pairs)
 
     def __getstate__(self) -> Any:
         raise TypeError("cannot be copied or pickled; make another one and load this one's state_dict")
@@ -152,7 +153,7 @@ class _FactorOptimizer(torch.optim.Optimizer):
         group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         batches = group_pairs(self.pairs)
         for groups in batches:
-            grams, n_escalated = damped_grams(groups, self.damping)
+            grams, n_escalated = damped_grams(groups, self.damping, self._stacks)
             self.param_groups[0]["n_escalated"] = self.param_groups[0].get("n_escalated", 0) + n_escalated
             for factors, gradients in self._preconditioned(groups, grams, group_of):
                 self._step_factors(factors, gradients, group_of)
