@@ -12,7 +12,6 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from lora_one.config import ExperimentConfig
@@ -24,6 +23,7 @@ from lora_one.preconditioners import (
     FactorPair,
     Form,
     Grams,
+    Stacks,
     Workspace,
     damped_grams,
     float32,
@@ -130,7 +130,7 @@ class _FactorOptimizer(torch.optim.Optimizer):
         for factor, pair in self._factors.items():
             if factor not in given:
                 raise UserError(f"{pair.name}: a LoRA factor of its pair is not among the parameters")
-        self._workspace = Workspace()
+        self._workspace, self._stacks = Workspace(), Stacks(self.pairs)
 
     def __getstate__(self) -> Any:
         raise TypeError("cannot be copied or pickled; make another one and load this one's state_dict")
@@ -140,7 +140,7 @@ class _FactorOptimizer(torch.optim.Optimizer):
         self._workspace = Workspace()
 
     def _update(self, group: dict[str, Any], parameters: list[Any], gradients: list[Tensor]) -> None:
-        """The step of some parameters of one group along these gradients."""
+        """The step of some parameters of one group, device and dtype along these gradients."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ class _FactorOptimizer(torch.optim.Optimizer):
         group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         batches = group_pairs(self.pairs)
         for groups in batches:
-            grams, n_escalated = damped_grams(groups, self.damping)
+            grams, n_escalated = damped_grams(groups, self.damping, self._stacks)
             self.param_groups[0]["n_escalated"] = self.param_groups[0].get("n_escalated", 0) + n_escalated
             for factors, gradients in self._preconditioned(groups, grams, group_of):
                 self._step_factors(factors, gradients, group_of)
@@ -164,8 +164,7 @@ class _FactorOptimizer(torch.optim.Optimizer):
                     "no LoRA factor has a gradient, but other parameters have: the optimiser was made for "
                     "factors that are trained no more; make it after loading and set_adapter"
                 )
-            if others:
-                self._update(group, others, [p.grad for p in others])
+            self._along(others, [p.grad for p in others], group_of)
         return loss
 
     def _preconditioned(self, groups: _Groups, grams: Grams, group_of: _GroupOf) -> Iterator[Chunk]:
@@ -176,12 +175,20 @@ class _FactorOptimizer(torch.optim.Optimizer):
         return device.type == "cpu"
 
     def _step_factors(self, factors: list[Any], gradients: list[Tensor], group_of: _GroupOf) -> None:
-        by_group: dict[int, tuple[list[Any], list[Tensor]]] = {}
-        for factor, gradient in zip(factors, gradients, strict=True):
-            found = by_group.setdefault(id(group_of[id(factor)]), ([], []))
-            found[0].append(factor)
-            found[1].append(gradient if gradient.dtype == factor.dtype else gradient.to(factor.dtype))
-        for chosen, own in by_group.values():
+        in_their_dtype = [
+            gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
+            for factor, gradient in zip(factors, gradients, strict=True)
+        ]
+        self._along(factors, in_their_dtype, group_of)
+
+    def _along(self, parameters: list[Any], gradients: list[Any], group_of: _GroupOf) -> None:
+        alike: dict[Any, tuple[list[Any], list[Tensor]]] = {}
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            key = id(group_of[id(parameter)]), parameter.device, parameter.dtype
+            found = alike.setdefault(key, ([], []))
+            found[0].append(parameter)
+            found[1].append(gradient)
+        for chosen, own in alike.values():
             self._update(group_of[id(chosen[0])], chosen, own)
 
 
@@ -265,18 +272,20 @@ class ScaledAdamW(_FactorOptimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Any], gradients: list[Tensor]) -> None:
         states = [self._state_of(parameter) for parameter in parameters]
-        adamw(
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        # What torch's own AdamW calls, without its sorting by device and dtype.
+        torch._fused_adamw_(
             parameters,
             gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] for state in states],
-            fused=group["fused"],
+            steps,
             amsgrad=False,
+            lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,

@@ -28,8 +28,8 @@ PAPER_DAMPING, LORA_PRO_DAMPING = 1e-6, 1e-8
 
 # Below this share of its diagonal entry, a pivot is mostly float32's rounding.
 _SMALLEST_PIVOT = 1e-6
-# Numbers in a chunk: 4 MiB of preconditioned gradients stay in a CPU's cache until they are used.
-_CHUNK = 2**20
+# Numbers in a chunk: 256 KiB of preconditioned gradients, or one pair, stay in the cache until they are used.
+_CHUNK = 2**16
 
 
 class FactorPair(NamedTuple):
@@ -64,6 +64,45 @@ def group_pairs(pairs: Sequence[FactorPair]) -> list[list[list[FactorPair]]]:
     return [list(groups.values()) for groups in batches.values()]
 
 
+class Stacks:
+    """Factors of one shape, on a CPU side by side in memory, so that one call multiplies all of them.
+
+    To what saves, moves or copies a model they are separate tensors: each has a storage of its own, a slice
+    of that memory. Those that lie elsewhere, since then or on a GPU, are copied together for each use.
+    """
+
+    def __init__(self, pairs: Sequence[FactorPair]) -> None:
+        alike: dict[Any, list[nn.Parameter]] = {}
+        for pair in pairs:
+            A_RI, B_OR = pair.A_RI, pair.B_OR
+            kind = A_RI.shape, B_OR.shape, A_RI.dtype, B_OR.dtype, A_RI.device, B_OR.device
+            alike.setdefault((1, *kind), []).append(A_RI)
+            alike.setdefault((2, *kind), []).append(B_OR)
+        self._stacks = {
+            id(factors[0]): _moved_together(factors)
+            for factors in alike.values()
+            if factors[0].device.type == "cpu"
+        }
+
+    def of(self, factors: Sequence[nn.Parameter]) -> Tensor:
+        """The factors with a leading dimension, not to be written to."""
+        stack = self._stacks.get(id(factors[0]))
+        if stack is not None and len(stack) == len(factors):
+            rows = zip(factors, stack.unbind(), strict=True)
+            if all(factor.data_ptr() == row.data_ptr() for factor, row in rows):
+                return stack
+        return torch.stack([factor.data for factor in factors])
+
+
+def _moved_together(factors: Sequence[nn.Parameter]) -> Tensor:
+    stack = torch.stack([factor.data for factor in factors])
+    size = stack[0].nbytes
+    for number, factor in enumerate(factors):
+        own = stack.untyped_storage()[number * size : (number + 1) * size]
+        factor.data = stack.new_empty(0).set_(own, 0, factor.shape, stack[0].stride())
+    return stack
+
+
 class Grams(NamedTuple):
     """``A Aᵀ + δI`` and ``Bᵀ B + δI`` of P pairs of one rank, and their inverses; float32."""
 
@@ -77,7 +116,9 @@ class Grams(NamedTuple):
         return Grams(*(part[rows] for part in self))
 
 
-def damped_grams(groups: Sequence[Sequence[FactorPair]], damping: float) -> tuple[Grams, int]:
+def damped_grams(
+    groups: Sequence[Sequence[FactorPair]], damping: float, stacks: Stacks | None = None
+) -> tuple[Grams, int]:
     """The matrices of all pairs of some groups of one rank, in their order.
 
     Where float32 calls one singular (scaled to a diagonal of ones, a pivot is below 1e-6), each diagonal
@@ -89,7 +130,10 @@ def damped_grams(groups: Sequence[Sequence[FactorPair]], damping: float) -> tupl
     Raises:
         UserError: If a factor is not finite, naming its layer.
     """
-    gram_QRR = torch.cat([_products_with_itself(group, side) for side in (1, 2) for group in groups])
+    stacks = stacks or Stacks([])
+    stacks_A = [float32(stacks.of([pair.A_RI for pair in group])) for group in groups]
+    stacks_B = [float32(stacks.of([pair.B_OR for pair in group])) for group in groups]
+    gram_QRR = torch.cat([A @ A.mT for A in stacks_A] + [B.mT @ B for B in stacks_B])
     gram_QRR.diagonal(dim1=-2, dim2=-1).add_(damping)
     root_QR = gram_QRR.diagonal(dim1=-2, dim2=-1).sqrt()
     scale_QRR = root_QR[:, :, None] * root_QR[:, None, :]
@@ -101,7 +145,9 @@ def damped_grams(groups: Sequence[Sequence[FactorPair]], damping: float) -> tupl
         of_bad = [names[index] for index in bad_E.tolist()]
         scaled_QRR[bad_E], L_QRR[bad_E] = _damp(scaled_QRR[bad_E], of_bad)
         gram_QRR = scaled_QRR * scale_QRR
-    inverse_QRR = torch.cholesky_inverse(L_QRR) / scale_QRR
+    eye_RR = torch.eye(L_QRR.shape[-1]).to(L_QRR)
+    roots_QRR = torch.linalg.solve_triangular(L_QRR, eye_RR, upper=False)
+    inverse_QRR = roots_QRR.mT @ roots_QRR / scale_QRR  # in less than half the time of cholesky_inverse
     return Grams(*gram_QRR.chunk(2), *inverse_QRR.chunk(2)), len(bad_E)
 
 
@@ -178,13 +224,15 @@ class Workspace:
     """Memory for results on a CPU, where fresh memory costs more than the products that fill it."""
 
     def __init__(self) -> None:
-        self._buffers: dict[Any, Tensor] = {}
+        self._buffers: dict[Any, list[tuple[Tensor, Tensor]]] = {}
 
-    def like(self, tensor: Tensor, number: int) -> Tensor:
-        """The buffer of that number for such a tensor."""
-        key = (number, tensor.shape, tensor.dtype, tensor.device)
+    def like(self, part: Part, n: int) -> list[tuple[Tensor, Tensor]]:
+        """Buffers for the preconditioned gradients of n such parts."""
+        key = part.grad_A.shape, part.grad_B.shape, n
         if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(tensor)
+            self._buffers[key] = [
+                (torch.empty_like(part.grad_A), torch.empty_like(part.grad_B)) for _ in range(n)
+            ]
         return self._buffers[key]
 
 
@@ -210,27 +258,33 @@ def preconditioned(
         workspace: Kept from step to step.
         one_by_one: Pair by pair, for the sake of a CPU's cache, and not all of a shape at once.
     """
-    factors: list[nn.Parameter] = []
-    gradients: list[Tensor] = []
-    first, size = 0, 0
+    first = 0
     for group in groups:
         own_grams, first = grams.at(slice(first, first + len(group))), first + len(group)
         parts = parts_of(group, one_by_one=one_by_one)
         products = _products_with_gradients(parts, own_grams) if form != "classic" else ()
         mixed = mixing(own_grams, form, *products)
-        for part, own in zip(parts, mixed.of_each() if one_by_one else [mixed], strict=True):
-            outs: list[Tensor | None] = [None, None]
-            if one_by_one:
-                outs = [workspace.like(g, len(factors) + n) for n, g in enumerate((part.grad_A, part.grad_B))]
-            of_A, of_B = own.of_A(part.A, part.grad_A, outs[0]), own.of_B(part.B, part.grad_B, outs[1])
-            factors += [pair.A_RI for pair in part.pairs] + [pair.B_OR for pair in part.pairs]
-            gradients += [of_A, of_B] if one_by_one else [*of_A.unbind(), *of_B.unbind()]
-            size += of_A.numel() + of_B.numel()
-            if size > _CHUNK:
-                yield factors, gradients
-                factors, gradients, size = [], [], 0
-    if factors:
-        yield factors, gradients
+        if one_by_one:
+            yield from _by_chunks(parts, mixed.of_each(), workspace)
+        else:
+            ((_, A, B, grad_A, grad_B),) = parts
+            of_each = zip(mixed.of_A(A, grad_A).unbind(), mixed.of_B(B, grad_B).unbind(), strict=True)
+            yield _factors(group), [gradient for both in of_each for gradient in both]
+
+
+def _by_chunks(parts: Sequence[Part], mixed: Sequence[Mixing], workspace: Workspace) -> Iterator[Chunk]:
+    """The pairs of one group, each a part."""
+    n = max(1, min(len(parts), _CHUNK // (parts[0].grad_A.numel() + parts[0].grad_B.numel())))
+    buffers = workspace.like(parts[0], n)
+    for first in range(0, len(parts), n):
+        some, gradients = parts[first : first + n], []
+        for (_, A, B, grad_A, grad_B), own, (out_A, out_B) in zip(some, mixed[first:], buffers, strict=False):
+            gradients += [own.of_A(A, grad_A, out_A), own.of_B(B, grad_B, out_B)]
+        yield _factors([pair for part in some for pair in part.pairs]), gradients
+
+
+def _factors(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
+    return [factor for pair in pairs for factor in (pair.A_RI, pair.B_OR)]
 
 
 def solve_sylvester(M: Tensor, N: Tensor, C: Tensor) -> Tensor:
@@ -249,19 +303,6 @@ def float32(tensor: Tensor) -> Tensor:
 def _tensors(pair: FactorPair) -> tuple[Tensor, ...]:
     assert pair.A_RI.grad is not None and pair.B_OR.grad is not None
     return pair.A_RI.data, pair.B_OR.data, pair.A_RI.grad, pair.B_OR.grad
-
-
-def _products_with_itself(group: Sequence[FactorPair], side: int) -> Tensor:
-    """``A Aᵀ`` (side 1) or ``Bᵀ B`` (side 2) of each pair."""
-    factors = [pair.A_RI.data if side == 1 else pair.B_OR.data.T for pair in group]
-    if factors[0].device.type != "cpu":
-        stack = float32(torch.stack(factors))
-        return stack @ stack.mT
-    rank = len(factors[0])
-    products = torch.empty(len(group), rank, rank)
-    for factor, out in zip(map(float32, factors), products.unbind(), strict=True):
-        torch.mm(factor, factor.T, out=out)
-    return products
 
 
 def _products_with_gradients(parts: Sequence[Part], grams: Grams) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from lora_one.errors import UserError
 from lora_one.optimizers import LoraPro, ScaledAdamW, ScaledGD, factor_pairs, n_escalated
 from lora_one.preconditioners import (
     FactorPair,
+    Stacks,
     Workspace,
     damped_grams,
     group_pairs,
@@ -485,6 +486,18 @@ def test_many_layers_in_chunks_of_any_size(numbers, monkeypatch):
     for pair, other in zip(pairs, alone, strict=True):
         assert torch.equal(pair.A_RI, other.A_RI)
         assert torch.equal(pair.B_OR, other.B_OR)
+
+
+def test_factors_side_by_side_are_separate_tensors_that_may_be_moved():
+    pairs = [layer(seed) for seed in range(3)]
+    factors, values = [pair.A_RI for pair in pairs], [layer(seed).A_RI.detach() for seed in range(3)]
+    stacks = Stacks(pairs)
+    assert stacks.of(factors).data_ptr() == factors[0].data_ptr()
+    assert len({factor.untyped_storage().data_ptr() for factor in factors}) == 3
+    assert all(factor.untyped_storage().nbytes() == factor.nbytes for factor in factors)
+    factors[1].data = 2 * factors[1].data
+    assert torch.equal(stacks.of(factors), torch.stack([values[0], 2 * values[1], values[2]]))
+    assert torch.equal(stacks.of(factors[2:]), values[2][None])
 
 
 @pytest.mark.parametrize("made", [ScaledGD, ScaledAdamW])
