@@ -6,11 +6,13 @@ off its output (``shift="adapter"``), as two more frozen factors.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import peft
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -147,13 +149,61 @@ def add_adapter(model: Any, config: LoraConfig, seed: int, dtype: torch.dtype = 
     if found != wanted:
         odd = min(found ^ wanted)
         raise UserError(f"peft.lora_target_modules: ambiguous for {odd}; name the layers by their full names")
+    _settle_dtypes(adapted, dtype)
+    return adapted
+
+
+def continue_adapter(
+    model: Any, source: str, dtype: torch.dtype, probe: Callable[[Any], Tensor]
+) -> tuple[PeftModel, InitReport]:
+    """Adds an adapter that has been trained before, to be trained on.
+
+    Args:
+        model: The pretrained model that it was made for.
+        source: A folder in PEFT's format, or a Hub id.
+        dtype: Of the adapter's weights.
+        probe: Logits of a model on a few examples.
+
+    Raises:
+        UserError: If it cannot be read, is no LoRA adapter, or does not fit the model.
+    """
+    settle(model)
+    before = probe(model)
+    try:
+        kind = peft.PeftConfig.from_pretrained(source)
+        if not isinstance(kind, LoraConfig) or isinstance(kind, AdaLoraConfig):
+            raise UserError(f"init.adapter={source}: is no LoRA adapter but {kind.peft_type}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, source, ADAPTER, is_trainable=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"init.adapter={source}: {' '.join(str(error).split())[:300]}") from error
+    _settle_dtypes(adapted, dtype)
+    layers = lora_layers(adapted).values()
+    norms = [_product_norm(layer, ADAPTER) for layer in layers]
+    ratios = [
+        norm / max(weight_norm(layer.get_base_layer()), _TINY)
+        for norm, layer in zip(norms, layers, strict=True)
+    ]
+    report = InitReport(
+        product_norm=sum(norms) / len(norms),
+        relative_product_norm=sum(ratios) / len(ratios),
+        shift=None,
+        weight_drift=0.0,
+        logit_drift=_relative(probe(adapted), before),
+    )
+    return adapted, report
+
+
+def _settle_dtypes(adapted: PeftModel, dtype: torch.dtype) -> None:
     _keep_computing_in(adapted)
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:
             parameter.data = parameter.data.float()
         elif re.search(r"\.lora_[A-Z]", name):
             parameter.data = parameter.data.to(dtype)
-    return adapted
 
 
 def _keep_computing_in(model: PeftModel) -> None:

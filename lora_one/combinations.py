@@ -35,7 +35,10 @@ _MODE_KEYS: dict[str, set[str]] = {
     "eva": {"eva_rho", *_SAMPLE_KEYS},
     "corda": {"corda_method", *_SAMPLE_KEYS},
     "peft_lora_ga": {"direction", "scale", "stable_gamma", *_SAMPLE_KEYS},
+    "adapter": {"adapter"},
 }
+# What init.mode=adapter does not take from the adapter.
+_OWN_PEFT_KEYS = {"use_peft", "use_loraplus", "loraplus_lr_ratio"}
 
 
 def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
@@ -53,12 +56,19 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
         )
     if peft.use_peft:
         _check_adapter(peft, init)
+        if init.mode == "adapter":
+            _check_continued(peft, init)
         _check_mode(init, named)
         _check_scale(init)
         if init.estimator not in ("auto", "exact") and init.objective != "gradient":
             raise UserError(
                 f"init.objective={init.objective}: needs every entry of the gradient, which "
                 f"init.estimator={init.estimator} never forms; use init.estimator=exact"
+            )
+        if config.model.fp16 and (init.objective != "gradient" or init.mode == "peft_lora_ga"):
+            raise UserError(
+                "model.fp16=true: this start would read gradients that underflow in float16; use "
+                "model.fp16=false, or init=gradient with init.objective=gradient"
             )
         conflict = config.gradient_start().conflict() if init.mode == "gradient" else None
         if conflict is not None:
@@ -125,10 +135,25 @@ def _check_adapter(peft: PeftConfig, init: InitConfig) -> None:
         )
 
 
+def _check_continued(peft: PeftConfig, init: InitConfig) -> None:
+    if init.adapter is None:
+        raise UserError(
+            "init.adapter: is required with init.mode=adapter; give an adapter's folder or Hub id"
+        )
+    for key, field in type(peft).model_fields.items():
+        if key not in _OWN_PEFT_KEYS and getattr(peft, key) != field.default:
+            raise UserError(f"peft.{key}: init.mode=adapter takes it from the adapter; leave it out")
+
+
 def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -> None:
     peft, init, optimizer = config.peft, config.init, config.optimizer
-    without_effect = [(f"peft.{key}", not peft.use_peft, "peft=all") for key in type(peft).model_fields]
+    peft_keys = set(type(peft).model_fields)
+    without_effect = [(f"peft.{key}", not peft.use_peft, "peft=all") for key in sorted(peft_keys)]
     without_effect += [
+        *(
+            (f"peft.{key}", init.mode == "adapter", "another init")
+            for key in sorted(peft_keys - _OWN_PEFT_KEYS)
+        ),
         ("init.offload", init.estimator.startswith("sketch"), "init.estimator=exact"),
         ("init.n_triplets", init.objective == "adam", "init.objective=gradient"),
         ("init.sub_size", init.do_subsampling is None, "init.do_subsampling=true"),

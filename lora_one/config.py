@@ -25,7 +25,7 @@ _canonical = BeforeValidator(lambda value: _ALIASES.get(value, value) if isinsta
 Direction = Literal["LoRA-One", "LoRA-GA", "ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["default", "stable", "gd", "gd_scale", "unit", "weightS", "weight_svd", "normalized"]
 Factor = Literal["kaiming", "zeros", "gaussian", "fan_out_kaiming", "xavier", "unit", "orthogonal"]
-InitMode = Literal["simple", "svd", "gradient", "pissa", "olora", "eva", "corda", "peft_lora_ga"]
+InitMode = Literal["simple", "svd", "gradient", "pissa", "olora", "eva", "corda", "peft_lora_ga", "adapter"]
 # The modes that look at a sample of the training split before training.
 SAMPLE_MODES = ("gradient", "eva", "corda", "peft_lora_ga")
 PRECONDITIONED = ("scaled_gd", "scaled_adamw", "lora_pro")
@@ -137,6 +137,7 @@ class InitConfig(Section):
     """How the adapter starts."""
 
     mode: InitMode = "gradient"
+    adapter: Text | None = Field(None, description="folder or Hub id of the adapter that is trained on")
     lora_A: Factor = Field("kaiming", description="simple: the start of A")
     lora_B: Factor = Field("zeros", description="simple: the start of B")
     lora_A_std: float = Field(0.01, gt=0, description="standard deviation of a gaussian A")

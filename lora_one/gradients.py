@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,6 +155,8 @@ def estimate_gradient(
     sample = _Sample(model, examples, batches, len(indices), pad_id, config, processes, decode)
     estimate = _exactly if estimator.name == "exact" else _streaming
     layers, errors = estimate(sample, targets, ranks, estimator)
+    if sample.loss_scale != 1:
+        layers = {name: _divided(layer, sample.loss_scale) for name, layer in layers.items()}
     return GradientEstimate(
         layers=layers,
         estimator=estimator.name,
@@ -180,6 +182,11 @@ class _Sample:
     processes: Processes
     decode: Callable[[Encoded], str] | None = None
     loss: float = 0.0
+
+    @property
+    def loss_scale(self) -> float:
+        """Float16's smallest number is 6e-8, and a token's share of the gradient often less."""
+        return 2.0**16 if self.config.model.fp16 else 1.0
 
     def run(
         self,
@@ -212,7 +219,7 @@ class _Sample:
             loss = weighted_loss(self.model, to_device(batch, self.processes.device))
             if not torch.isfinite(loss):
                 raise self._not_finite(number, slots, f"its loss is {loss.item()}")
-            loss.backward()
+            (loss * self.loss_scale).backward()
         return loss.item()
 
     def _not_finite(self, number: int, slots: list[Slot], what: str) -> UserError:
@@ -248,6 +255,11 @@ class _Sample:
                     )
 
             yield show
+
+
+def _divided(layer: LayerEstimate, scale: float) -> LayerEstimate:
+    assert isinstance(layer, Triplets)  # check_combinations lets nothing else through
+    return replace(layer, S_K=layer.S_K / scale, norm=layer.norm / scale)
 
 
 @contextmanager

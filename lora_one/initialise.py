@@ -48,6 +48,10 @@ def start_adapters(
         they did.
     """
     model, targets, dtype = loaded.model, loaded.targets, _DTYPES[config.init.dtype]
+    if config.init.mode == "adapter":
+        assert config.init.adapter is not None
+        adapted, report = adapters.continue_adapter(model, config.init.adapter, dtype, probe)
+        return adapted, {}, report
     common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if config.peft.train_embeddings:
         common |= trained_along(model)

@@ -253,8 +253,8 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
         raise
     except Exception as error:
         asked = config.attn_implementation
-        if asked is not None and any(word in str(error) for word in (asked, "attn_implementation")):
-            reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+        if asked is not None and any(word in reason.lower() for word in ("attention", "attn", asked)):
             raise UserError(f"model.attn_implementation={asked}: {reason}") from error
         raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
 

@@ -43,6 +43,8 @@ def _method(config: ExperimentConfig) -> str:
         return f"{config.method}: lora_A {init.lora_A}, lora_B {init.lora_B}"
     if init.mode == "svd":
         return f"{config.method}: singular vectors of the weight, scale {init.scale}"
+    if init.mode == "adapter":
+        return f"{init.adapter}, trained on"
     if init.mode != "gradient":
         return f"{config.method}, by PEFT"
     direction = ALIASES.get(init.direction, init.direction)
@@ -67,6 +69,8 @@ def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
     if model is None:
         return [("targets", _UNKNOWN), ("trainable parameters", _UNKNOWN)]
     total = sum(parameter.numel() for parameter in model.parameters())
+    if config.peft.use_peft and config.init.mode == "adapter":
+        return [("targets", f"those of {config.init.adapter}"), ("parameters", f"{total:,} in the base")]
     if not config.peft.use_peft:
         return [("targets", "all weights"), ("trainable parameters", f"{total:,} of {total:,}")]
     targets = target_names(model, config.peft)

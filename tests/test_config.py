@@ -21,7 +21,7 @@ def parse(*arguments: str) -> ExperimentConfig:
 
 
 def test_number_of_config_files():
-    assert len(FILES) == 38
+    assert len(FILES) == 39
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -298,3 +298,30 @@ def test_the_progress_bar_counts_the_tokens_of_all(capsys):
     estimated(small_llama(), "exact", examples)
     n_tokens = sum(len(example.ids) for example in examples)
     assert f"{n_tokens}/{n_tokens}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch_two_pass"])
+def test_small_gradients_survive_float16(estimator):
+    """Float16's smallest number is 6e-8: unscaled, most of these would be zero."""
+    examples = random_examples(16)
+    starts = []
+    for dtype, fp16 in ((torch.float32, False), (torch.float16, True)):
+        settings = ExperimentConfig.model_validate(
+            {
+                "dataset": {"name": "tiny"},
+                "model": {"name": "x", "fp16": fp16},
+                "init": {"bsz": 4, "iters": 4, "estimator": estimator},
+            }
+        )
+        model = small_llama(dtype=dtype)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-2)  # gradients shrink with it
+        estimate = estimate_gradient(
+            model, TARGETS, examples, settings, ranks=dict.fromkeys(TARGETS, 4), pad_id=0, processes=ALONE
+        )
+        starts.append(estimate.layers)
+    for name in TARGETS:
+        exact, half = (layers[name] for layers in starts)
+        assert half.norm == pytest.approx(exact.norm, rel=2e-2)
+        assert torch.allclose(half.S_K[:2], exact.S_K[:2], rtol=2e-2)
+        assert (half.U_OK[:, 0] @ exact.U_OK[:, 0]).abs() > 0.99

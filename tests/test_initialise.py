@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from conftest import ALONE, only_run, random_examples, small_llama
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_adapters import logits, relative_difference, train_a_little
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +19,7 @@ from lora_one.initialise import probe_logits, start_adapters
 from lora_one.layers import read_weight
 from lora_one.models import LoadedModel, adapter_ranks, check_rank, linear_layers, target_names
 from lora_one.sample import gradient_batches
+from lora_one.tracking import read_metrics
 
 EXAMPLES = random_examples(24, longest=16)
 RANK = 4
@@ -366,6 +367,56 @@ def test_what_does_not_go_together_is_named(cli, arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_an_adapter_is_trained_on(cli, tmp_path):
+    first = cli(*SHORT, "dataset.train_size=64", "init.direction=LoRA-GA", "peft.lora_r=4")
+    assert first.returncode == 0, first.stderr
+    adapter = only_run(tmp_path / "results") / "adapter"
+    on = [f"results_dir={tmp_path}/on", "init=adapter", f"init.adapter={adapter}"]
+    second = cli(*SHORT, "dataset.train_size=64", "optimizer=scaled_adamw", *on)
+    assert second.returncode == 0, second.stderr
+    run = only_run(tmp_path / "on")
+    record = json.loads((run / "record.json").read_text())
+    assert record["method"] == "adapter+scaled_adamw"
+    # LoRA-GA's portable adapter has rank 2r, which is kept, and what it had learned.
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, run / "adapter"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.shape == after[name].shape
+        assert 0 < relative_difference(after[name], tensor) < 0.7
+    assert record["init"]["product_norm"] > 0
+    losses = [read_metrics(folder / "metrics.jsonl")[0]["loss"] for folder in (adapter.parent, run)]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init=adapter"], "init.adapter: is required with init.mode=adapter"),
+        (["init=adapter", "init.adapter=./none"], "init.adapter=./none: "),
+        (["init=adapter", "init.adapter=x", "peft.lora_r=4"], "peft.lora_r: "),
+        (["init=adapter", "init.adapter=x", "peft=dora"], "peft.dora: init.mode=adapter takes it from"),
+    ],
+)
+def test_an_adapter_that_cannot_be_had_is_named(cli, arguments, words):
+    done = cli(*SHORT, "dataset.train_size=64", *arguments)
+    assert done.returncode == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in error
+
+
+def test_an_adapter_of_another_model_is_named(tmp_path):
+    other = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "broken")
+    state = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    kept = dict(list(state.items())[1:])
+    save_file(kept, tmp_path / "broken" / "adapter_model.safetensors")
+    IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path / "ia3")
+    for folder, words in (("broken", "missing adapter keys"), ("ia3", "is no LoRA adapter but")):
+        settings = config(mode="adapter", adapter=str(tmp_path / folder), bsz=1, iters=1)
+        with pytest.raises(UserError, match=words):
+            begin(settings)
 
 
 def test_push_to_the_hub_happens_once_the_run_is_finished(cli, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from conftest import EMBEDDED, ROOT, SHARED, only_run, run_program
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora_one.processes import start_processes
 from lora_one.records import RunLock
 
 SHORT = ("debug=short",)
@@ -220,6 +221,7 @@ def test_the_published_two_process_command(tmp_path, commonsense_file):
 
 
 def test_more_processes_than_have_found_each_other_are_refused(cli, monkeypatch):
+    start_processes()  # alone, whatever test comes first
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(os, "_exit", sys.exit)
     done = cli(*SHORT)
