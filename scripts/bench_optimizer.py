@@ -9,16 +9,18 @@ Compared, on factors and gradients of their own:
     classic, symmetric, sylvester       ScaledAdamW here, with each form of the preconditioner
     peft         PEFT's create_riemannian_optimizer around the same AdamW (classic)
 
-Each round every method takes one step from the same gradients. The overhead is a method's time less that of
-AdamW in the same round; shown are medians, and the median ratio of overheads. Memory is what the step itself
-needs.
+Each has a process of its own with AdamW beside it, as in a training: what one leaves in the allocator
+changes the other's time. Each round the processes take turns, with one step of each from the same gradients.
+The overhead is a method's time less that of AdamW beside it; shown are medians, and the median ratio of
+overheads. Memory is what the step itself needs.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,6 @@ class Method:
         self.parameters = list(self.model.parameters())
         self.gradients = [torch.randn_like(parameter) * 1e-3 for parameter in self.parameters]
         self.optimizer = self._optimizer(name)
-        self.seconds: list[float] = []
 
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
@@ -124,31 +125,54 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def serve(turns: Connection, name: str, *settings: Any) -> None:
+    """A method's process: at each turn the seconds of AdamW's step and of its own, at the end the memory."""
+    plain, method = Method("adamw", *settings), Method(name, *settings)
+    for one in (plain, method):
+        one.step()  # makes the moments
+    turns.send(None)
+    while turns.recv():
+        turns.send((plain.step(), method.step()))
+    turns.send((plain.peak_bytes(), method.peak_bytes()))
+
+
 def measure(rank: int, n_layers: int, rounds: int, dtype: torch.dtype, device: torch.device) -> str:
     """The table of one rank."""
-    methods = {name: Method(name, n_layers, rank, dtype, device) for name in METHODS}
-    for method in methods.values():
-        method.step()  # makes the moments
+    processes, turns = [], {}
+    for name in METHODS[1:]:
+        turns[name], theirs = multiprocessing.Pipe()
+        settings = (theirs, name, n_layers, rank, dtype, device)
+        processes.append(multiprocessing.get_context("spawn").Process(target=serve, args=settings))
+        processes[-1].start()
+    for turn in turns.values():
+        turn.recv()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
     for number in range(rounds):
         print(f"\rr = {rank}: round {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-        for method in methods.values():
-            method.seconds.append(method.step())
+        for name, turn in turns.items():
+            turn.send(True)
+            seconds[name].append(turn.recv())
     print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)
-    rows = [["method", "ms", "overhead, ms", "/ PEFT's", "memory of a step, MB"]]
-    overheads = {name: overhead(method.seconds, methods["adamw"].seconds) for name, method in methods.items()}
-    for name, method in methods.items():
+    memory = {}
+    for name, turn in turns.items():
+        turn.send(False)
+        memory["adamw"], memory[name] = turn.recv()
+    for process in processes:
+        process.join()
+    return report(seconds, memory)
+
+
+def report(seconds: dict[str, list[tuple[float, float]]], memory: dict[str, int]) -> str:
+    """The table, from each method's times beside AdamW's."""
+    rows = [["method", "ms", "AdamW beside it, ms", "overhead, ms", "/ PEFT's", "memory of a step, MB"]]
+    overheads = {name: [own - plain for plain, own in pairs] for name, pairs in seconds.items()}
+    for name, pairs in seconds.items():
         ratios = [ours / theirs for ours, theirs in zip(overheads[name], overheads["peft"], strict=True)]
-        cells = ["-", "-"]
-        if name != "adamw":
-            cells = [f"{1e3 * statistics.median(overheads[name]):.1f}", f"{statistics.median(ratios):.2f}"]
-        memory = f"{method.peak_bytes() / 1e6:.1f}"
-        rows.append([name, f"{1e3 * statistics.median(method.seconds):.1f}", *cells, memory])
+        plain, own = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+        over = 1e3 * statistics.median(overheads[name])
+        figures = (f"{own:.1f}", f"{plain:.1f}", f"{over:.1f}", f"{statistics.median(ratios):.2f}")
+        rows.append([name, *figures, f"{memory[name] / 1e6:.1f}"])
     return markdown_table(rows)
-
-
-def overhead(seconds: Sequence[float], plain: Sequence[float]) -> list[float]:
-    """Of each round."""
-    return [ours - theirs for ours, theirs in zip(seconds, plain, strict=True)]
 
 
 def main() -> None:

@@ -138,8 +138,10 @@ def commands_of(page: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("command", commands_of("docs/optimizers.md"), ids=" ".join)
-def test_commands_on_optimizers(command, cli):
+@pytest.mark.parametrize(
+    "command", commands_of("docs/optimizers.md") + commands_of("docs/training.md"), ids=" ".join
+)
+def test_commands_on_optimizers_and_training(command, cli):
     assert command[:2] == ["python", "run_exp.py"]
     done = cli(*command[2:], "dry_run=true" if "-m" in command else "debug=short")  # a sweep takes minutes
     assert done.returncode == 0, done.stderr
