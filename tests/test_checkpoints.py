@@ -99,11 +99,11 @@ def test_training_goes_on_from_the_older_checkpoint_to_the_same_bits(tmp_path, m
 def keep_all(publish):
     """``_publish`` that puts the pruned checkpoints back."""
 
-    def call(folder, name):
+    def call(folder, name, kept):
         aside = folder.parent / "aside"
         for old in folder.glob("checkpoint-*"):
             shutil.copytree(old, aside / old.name, dirs_exist_ok=True)
-        publish(folder, name)
+        publish(folder, name, kept)
         if aside.exists():
             shutil.copytree(aside, folder, dirs_exist_ok=True)
 

@@ -11,7 +11,7 @@ from lora_one.records import run_id
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-REQUIRED = {"model/custom.yaml": ["model.name=some/model"]}
+REQUIRED = {"init/adapter.yaml": ["init.adapter=folder"], "model/custom.yaml": ["model.name=some/model"]}
 
 
 def parse(*arguments: str) -> ExperimentConfig:

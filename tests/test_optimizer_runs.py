@@ -90,7 +90,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, dtype, tmp_path, monke
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     whole, _ = fit(tmp_path / "whole", settings, model())
-    log = training._Log.on_log
+    log = training.Log.on_log
 
     def stop_after_a_checkpoint(self, args, state, control, **kwargs):
         log(self, args, state, control, **kwargs)
@@ -98,7 +98,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, dtype, tmp_path, monke
             raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", stop_after_a_checkpoint)
+        patch.setattr(training.Log, "on_log", stop_after_a_checkpoint)
         with pytest.raises(Interrupted):
             fit(tmp_path / "cut", settings, model())
     torch.manual_seed(123)
@@ -114,13 +114,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, dtype, tmp_path, monke
 def trainer_of(monkeypatch, tmp_path, settings: ExperimentConfig):
     """The optimiser that training makes."""
     found = {}
-    begin = training._Progress.on_train_begin
+    begin = training.Progress.on_train_begin
 
     def keep(self, args, state, control, optimizer=None, **kwargs):
         found["optimizer"] = getattr(optimizer, "optimizer", optimizer)
         begin(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training._Progress, "on_train_begin", keep)
+    monkeypatch.setattr(training.Progress, "on_train_begin", keep)
     fit(tmp_path, settings, adapted())
     return found["optimizer"]
 

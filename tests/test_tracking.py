@@ -36,7 +36,7 @@ def test_tensorboard_shows_what_the_metrics_file_holds(cli, tmp_path):
 
 
 def test_tensorboard_goes_on_over_a_kill(tmp_path, monkeypatch):
-    settings, log = config(save_steps=4), training._Log.on_log
+    settings, log = config(save_steps=4), training.Log.on_log
 
     def track():
         with Tracker(OFF, "run", tmp_path, {}, tensorboard=True) as tracker:
@@ -48,7 +48,7 @@ def test_tensorboard_goes_on_over_a_kill(tmp_path, monkeypatch):
             raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", stop)
+        patch.setattr(training.Log, "on_log", stop)
         patch.setattr(tensorboard.SummaryWriter, "close", lambda self: None)
         with pytest.raises(Interrupted):
             track()

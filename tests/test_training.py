@@ -116,7 +116,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, save_
     (tmp_path / "cut").mkdir()
     whole, _ = fit(tmp_path / "whole", settings, adapted_llama(dropout=0.3))
 
-    log = training._Log.on_log
+    log = training.Log.on_log
 
     def stop_after_a_checkpoint(self, args, state, control, **kwargs):
         log(self, args, state, control, **kwargs)
@@ -124,7 +124,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, save_
             raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", stop_after_a_checkpoint)
+        patch.setattr(training.Log, "on_log", stop_after_a_checkpoint)
         with pytest.raises(Interrupted):
             fit(tmp_path / "cut", settings, adapted_llama(dropout=0.3))
     assert training.last_checkpoint(tmp_path / "cut").name == f"checkpoint-{last}"
@@ -149,7 +149,7 @@ def test_a_resumed_run_keeps_the_dtype_of_its_adapters(tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     whole, _ = fit(tmp_path / "whole", settings, low_precision())
-    log = training._Log.on_log
+    log = training.Log.on_log
 
     def stop_after_a_checkpoint(self, args, state, control, **kwargs):
         log(self, args, state, control, **kwargs)
@@ -157,7 +157,7 @@ def test_a_resumed_run_keeps_the_dtype_of_its_adapters(tmp_path, monkeypatch):
             raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "on_log", stop_after_a_checkpoint)
+        patch.setattr(training.Log, "on_log", stop_after_a_checkpoint)
         with pytest.raises(Interrupted):
             fit(tmp_path / "cut", settings, low_precision())
     resumed, result = fit(tmp_path / "cut", settings, low_precision())
