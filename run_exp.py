@@ -44,7 +44,7 @@ from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.inits import AdapterInit
 from lora_one.interruption import UNFINISHED, Unfinished, heeding_signals
-from lora_one.models import LoadedModel, adapter_ranks, load_model, load_tokenizer
+from lora_one.models import LoadedModel, adapter_ranks, check_model_type, load_model, load_tokenizer
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
@@ -85,6 +85,7 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
     if config.cache_dir is not None and config.peft.use_peft and config.init.mode == "gradient":
         make_cache_folder(config.cache_dir)
     with run.stage("data"):
+        check_model_type(config.model)
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config, tokenizer)
         run.note_source("data", data.summary())

@@ -54,7 +54,9 @@ class ModelConfig(Section):
     """The pretrained model and how it is trained."""
 
     name: Text
-    type: Literal["CausalLM"] = "CausalLM"
+    type: Literal["CausalLM", "ConditionalGeneration"] = Field(
+        "CausalLM", description="one text, or an encoder for the prompt and a decoder for the target"
+    )
     revision: Text | None = None
     trust_remote_code: bool = False
     shape: dict[str, Any] | None = Field(None, description="Hugging Face config, for the dry run")
@@ -104,6 +106,11 @@ class ModelConfig(Section):
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
     saving: bool = Field(False, description="write the merged model too")
     push_to_hub: str | None = Field(None, description="private Hub repository for the finished adapter")
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether prompt and target are two texts: one for an encoder, one for its decoder."""
+        return self.type == "ConditionalGeneration"
 
     def warmup(self, n_steps: int) -> int:
         """Steps of warm-up in a training of so many."""

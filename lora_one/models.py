@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
@@ -133,8 +134,44 @@ def empty_model(config: ModelConfig) -> Any | None:
         hf_config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     else:
         return None
+    _check_type(config, hf_config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        return auto_class(config).from_config(hf_config)
+
+
+def auto_class(config: ModelConfig) -> Any:
+    """The class of transformers that loads a model of this ``model.type``."""
+    return AutoModelForSeq2SeqLM if config.is_pair else AutoModelForCausalLM
+
+
+def check_model_type(config: ModelConfig) -> None:
+    """Reads the model's own config, and no weights.
+
+    Raises:
+        UserError: If it cannot be read, or is of another ``model.type``.
+    """
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            model_source(config.name), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
+    _check_type(config, hf_config)
+
+
+def _check_type(config: ModelConfig, hf_config: Any) -> None:
+    if hf_config.is_encoder_decoder and not config.is_pair:
+        raise UserError(
+            f"model.type={config.type}: {config.name} is an encoder with a decoder ({hf_config.model_type}); "
+            "use model.type=ConditionalGeneration"
+        )
+    if config.is_pair and not hf_config.is_encoder_decoder:
+        raise UserError(
+            f"model.type={config.type}: {config.name} has no encoder ({hf_config.model_type}); "
+            "use model.type=CausalLM"
+        )
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
@@ -237,7 +274,7 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
             f"model.name={config.name}: the folder has no *.safetensors weights; save the model again"
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(config).from_pretrained(
             source,
             revision=config.revision,
             dtype=dtype,
