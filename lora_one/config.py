@@ -124,7 +124,7 @@ class PeftConfig(Section):
     lora_r: int = Field(8, ge=1)
     lora_relative_r: float | None = Field(None, gt=0, le=1, description="rank / hidden size")
     lora_target_modules: str | list[str] = Field(
-        "all", description="all, ends of layer names, or a regular expression of whole names"
+        "all", description="all, qv, ends of layer names, or a regular expression of whole names"
     )
     lora_exclude_modules: str | list[str] | None = Field(None, description="taken away from the targets")
     layers_to_transform: int | list[int] | None = Field(None, description="numbers of the blocks to adapt")

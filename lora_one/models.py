@@ -24,6 +24,7 @@ from lora_one.digests import file_digest
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
 from lora_one.layers import is_linear, quantisation, settle, shape_OI, why_unsupported
+from lora_one.targets import qv_layers
 
 EMBEDDED_MODEL = "embedded/tiny_llama"
 _EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "tiny_llama"
@@ -332,6 +333,8 @@ def _fingerprint(model: Any, source: str, digests: Path | None) -> str | None:
 def _matching(model: Any, layers: Mapping[str, nn.Module], config: PeftConfig) -> tuple[str, ...]:
     """The layers that a name, a list of names or a regular expression means."""
     wanted, key = config.lora_target_modules, "peft.lora_target_modules"
+    if wanted == "qv":
+        wanted = qv_layers(model.config.model_type, layers)
     suffixes = [wanted] if isinstance(wanted, str) else wanted
     modules = {name: module for name, module in model.named_modules() if name}
     found: set[str] = set()
