@@ -47,7 +47,7 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
     """
     peft, init = config.peft, config.init
     asked = sorted(key for key in named if key == "init" or key.startswith("init."))
-    if not peft.use_peft and init.mode != "simple" and asked:
+    if not peft.use_peft and not init.is_plain_lora and asked:
         raise UserError(
             f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
         )

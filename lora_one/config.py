@@ -351,6 +351,11 @@ def parse_config(composed: DictConfig, named: frozenset[str] | set[str] = frozen
         key = getattr(error, "full_key", None) or "config"
         reason = "is required, give it a value" if "???" in str(error) or "Missing" in str(error) else ""
         raise UserError(f"{key}: {reason or str(error).splitlines()[0]}") from None
+    return parse_tree(tree, named)
+
+
+def parse_tree(tree: Any, named: frozenset[str] | set[str] = frozenset()) -> ExperimentConfig:
+    """As ``parse_config``, of a composed config whose interpolations are resolved."""
     if "model.name" in named and isinstance(tree, dict):
         tree["model"]["shape"] = None  # it is that of the group's own model
     try:

@@ -129,6 +129,7 @@ def test_a_dataset_names_its_published_model(dataset, model):
         (["model=custom"], "model.name: is required"),
         (["experiment=null"], "experiment=null: no such choice"),
         (["peft=full_ft", "init=gradient"], "init: full fine-tuning has no adapter"),
+        (["peft=full_ft", "init=gaussian"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
         (
             ["init=default", "++init.stable_gamma=4"],
