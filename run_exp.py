@@ -26,7 +26,7 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -278,7 +278,8 @@ def graded(settings: dict[str, Any]) -> dict[str, Any]:
 
 def start(composed: DictConfig) -> None:
     """One job of a launch: checks the config, then runs, resumes, or returns."""
-    overrides = list(HydraConfig.get().overrides.task)
+    # As they were written: an interpolation in one is no business of the others.
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = parse_config(composed, named_keys(overrides))
     processes = start_processes()
     named = named_keys(overrides)
@@ -393,7 +394,8 @@ def main() -> None:
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
         with heeding_signals():
             launch(lambda composed: job(composed, exit_codes))()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+    # Hydra has a bare ValueError too; what a job raises does not come here.
+    except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         complain(" ".join(str(error).split()))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

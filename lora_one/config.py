@@ -34,7 +34,9 @@ PRECONDITIONED = ("scaled_gd", "scaled_adamw", "lora_pro")
 class Section(BaseModel):
     """A strict, immutable node of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DatasetConfig(Section):
@@ -91,7 +93,7 @@ class ModelConfig(Section):
         None, ge=0, le=1, description="share of all steps to warm up, instead of warmup_steps"
     )
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf: no clipping")
     prec_reg: float | None = Field(
         None, gt=0, description="damping of the preconditioners; null: 1e-6, with lora_pro 1e-8"
     )
@@ -264,9 +266,11 @@ class ExperimentConfig(Section):
     tensorboard: bool = Field(False, description="event files in the run folder's tensorboard/")
     gradient_checkpointing: bool = False
     dry_run: bool = False
-    results_dir: str = "results"
+    results_dir: str = Field("results", min_length=1)
     cache_dir: str | None = Field(
-        "results/gradients", description="where gradient estimates are kept for other runs; null: nowhere"
+        "results/gradients",
+        min_length=1,
+        description="where gradient estimates are kept for other runs; null: nowhere",
     )
 
     @property

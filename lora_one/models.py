@@ -62,7 +62,11 @@ def model_source(name: str) -> str:
     if name == EMBEDDED_MODEL:
         return str(_EMBEDDED_FOLDER)
     folder = Path(name).expanduser()
-    if not folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise UserError(f"model.name={name}: {error.strerror}; give a folder, or a Hub id") from None
+    if not exists:
         if name.startswith((".", "/", "~")):
             raise UserError(f"model.name={name}: no such folder; give a folder with config.json, or a Hub id")
         return name
@@ -128,16 +132,25 @@ def load_model(
 def empty_model(config: ModelConfig) -> Any | None:
     """The model without weights (meta device), or None where its shape is unknown offline."""
     source = model_source(config.name)
-    if Path(source).is_dir():
-        hf_config = AutoConfig.from_pretrained(source)
-    elif config.shape is not None:
-        shape = dict(config.shape)
-        hf_config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    else:
+    is_local = Path(source).is_dir()
+    if not is_local and config.shape is None:
         return None
-    _check_type(config, hf_config)
-    with torch.device("meta"):
-        return auto_class(config).from_config(hf_config)
+    try:
+        shape = dict(config.shape or {})
+        hf_config = (
+            AutoConfig.from_pretrained(source)
+            if is_local
+            else AutoConfig.for_model(shape.pop("model_type", None), **shape)
+        )
+        _check_type(config, hf_config)
+        with torch.device("meta"):
+            return auto_class(config).from_config(hf_config)
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"model.name={config.name}: its config.json" if is_local else "model.shape"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} describes no model ({type(error).__name__}: {reason}); mend it") from error
 
 
 def auto_class(config: ModelConfig) -> Any:
