@@ -27,7 +27,7 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -45,7 +45,7 @@ from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.inits import AdapterInit
 from lora_one.interruption import UNFINISHED, Unfinished, heeding_signals
-from lora_one.models import LoadedModel, adapter_ranks, load_model, load_tokenizer
+from lora_one.models import LoadedModel, adapter_ranks, check_model_type, load_model, load_tokenizer
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
@@ -86,6 +86,7 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
     if config.cache_dir is not None and config.peft.use_peft and config.init.mode == "gradient":
         make_cache_folder(config.cache_dir)
     with run.stage("data"):
+        check_model_type(config.model)
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config, tokenizer)
         run.note_source("data", data.summary())
@@ -297,7 +298,8 @@ def graded(settings: dict[str, Any]) -> dict[str, Any]:
 
 def start(composed: DictConfig) -> None:
     """One job of a launch: checks the config, then runs, resumes, or returns."""
-    overrides = list(HydraConfig.get().overrides.task)
+    # As they were written: an interpolation in one is no business of the others.
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = parse_config(composed, named_keys(overrides))
     processes = start_processes()
     named = named_keys(overrides)
@@ -412,7 +414,8 @@ def main() -> None:
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
         with heeding_signals():
             launch(lambda composed: job(composed, exit_codes))()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+    # Hydra has a bare ValueError too; what a job raises does not come here.
+    except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         complain(" ".join(str(error).split()))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

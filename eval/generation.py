@@ -1,10 +1,11 @@
-"""Greedy generation in length-sorted, left-padded batches, shared by all processes."""
+"""Greedy generation in length-sorted, padded batches, shared by all processes."""
 
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lora_one.data.encoding import encoder_input, without_end
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 
@@ -22,7 +23,7 @@ def generate(
     """Greedy continuations of ``prompts``, in their order, on every process.
 
     Args:
-        model: A causal language model, with or without adapters.
+        model: A causal language model, or an encoder with a decoder; with or without adapters.
         tokenizer: Its tokenizer.
         prompts: Texts to continue.
         max_new_tokens: Longest continuation.
@@ -30,9 +31,9 @@ def generate(
         processes: Who shares the prompts.
         description: Title of the progress bar.
     """
-    ids = tokenizer(prompts)["input_ids"]
-    # Some tokenizers end every text themselves; a prompt has not ended.
-    ids = [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in ids]
+    # A prompt that is to be continued has not ended; one for an encoder has.
+    as_read = encoder_input if model.config.is_encoder_decoder else without_end
+    ids = [as_read(row, tokenizer) for row in tokenizer(prompts)["input_ids"]]
     order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[processes.rank :: processes.world_size]
@@ -42,6 +43,7 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     was_training = model.training
     model.eval()
@@ -66,12 +68,18 @@ def _continue(
     processes: Processes,
 ) -> list[str]:
     length = max(len(row) for row in rows)
-    pad = [tokenizer.pad_token_id]
-    input_ids = torch.tensor([pad * (length - len(row)) + row for row in rows])
-    attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    is_pair = model.config.is_encoder_decoder
+    # A decoder's new tokens follow the prompt's last; an encoder counts places from the first.
+    input_ids = _padded(rows, tokenizer.pad_token_id, length, left=not is_pair)
+    attention = _padded([[1] * len(row) for row in rows], 0, length, left=not is_pair)
     output = model.generate(
         input_ids=input_ids.to(processes.device),
         attention_mask=attention.to(processes.device),
         generation_config=settings,
     )
-    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return tokenizer.batch_decode(output if is_pair else output[:, length:], skip_special_tokens=True)
+
+
+def _padded(rows: list[list[int]], value: int, length: int, *, left: bool) -> torch.Tensor:
+    filled = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, filled, strict=True)])

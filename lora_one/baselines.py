@@ -21,7 +21,7 @@ from lora_one.data.batches import IGNORED, Batch
 from lora_one.errors import UserError
 from lora_one.inits import AdapterInit
 from lora_one.layers import quantisation, shape_OI
-from lora_one.losses import weighted_loss
+from lora_one.losses import pair_inputs, weighted_loss
 
 PEFT_MODES = ("pissa", "olora", "corda", "eva", "peft_lora_ga")
 _SCALES = {"gd": "gd_scale", "weightS": "weight_svd"}
@@ -146,8 +146,17 @@ def _forward(model: Any, batches: Iterable[Batch]) -> None:
     """One example at a time, without padding: PEFT's CorDA reads the inputs of batches of one."""
     with torch.no_grad():
         for batch in batches:
-            for ids_T, mask_T in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                model(input_ids=ids_T[mask_T.bool()][None], use_cache=False)
+            for ids_T, mask_T, labels_T in zip(
+                batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+            ):
+                inputs = {"input_ids": ids_T[mask_T.bool()][None]}
+                if model.config.is_encoder_decoder:
+                    alone = {
+                        "attention_mask": mask_T[mask_T.bool()][None],
+                        "labels": labels_T[labels_T != IGNORED][None],
+                    }
+                    inputs = pair_inputs(model, inputs | alone)
+                model(**inputs, use_cache=False)
 
 
 def _backward(model: Any, batches: Sequence[Batch]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from lora_one.config import PRECONDITIONED, InitConfig, ModelConfig, OptimizerConfig, PeftConfig
 from lora_one.records import RunRecord
 
+_PIPELINES = {"CausalLM": "text-generation", "ConditionalGeneration": "text2text-generation"}
 _TRAINING = (
     "real_batch_size",
     "learning_rate",
@@ -74,7 +75,7 @@ def _header(record: RunRecord, is_adapter: bool) -> str:
     lines = [
         "---",
         f"library_name: {'peft' if is_adapter else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {_PIPELINES[record.config['model']['type']]}",
     ]
     lines += [] if is_local else [f"base_model: {name}"]
     lines += ["tags:", "- lora-one", f"- {record.method.lower()}", *(["- lora"] if is_adapter else []), "---"]

@@ -50,7 +50,7 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
     """
     peft, init = config.peft, config.init
     asked = sorted(key for key in named if key == "init" or key.startswith("init."))
-    if not peft.use_peft and init.mode != "simple" and asked:
+    if not peft.use_peft and not init.is_plain_lora and asked:
         raise UserError(
             f"{asked[0]}: full fine-tuning has no adapter to initialise; leave it out, or use peft=all"
         )
@@ -81,6 +81,11 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
         )
     if {"model.warmup_steps", "model.warmup_ratio"} <= set(named) and config.model.warmup_ratio is not None:
         raise UserError("model.warmup_steps, model.warmup_ratio: two lengths of one warm-up; leave one out")
+    if "model.warmup_steps" in named and config.model.warmup_ratio is not None:
+        raise UserError(
+            f"model.warmup_steps: model.warmup_ratio={config.model.warmup_ratio:g} sets the warm-up; "
+            "add model.warmup_ratio=null"
+        )
     if config.model.max_tokens_per_device and config.model.per_device_batch_size:
         raise UserError(
             "model.max_tokens_per_device, model.per_device_batch_size: two sizes of a micro-batch; "
@@ -90,12 +95,35 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
         raise UserError("model.bf16=true, model.fp16=true: two number formats; leave one out")
     if config.model.keep_best and peft.adalora:
         raise UserError("model.keep_best=true: AdaLoRA runs write no checkpoints; leave it out")
+    if config.model.is_pair:
+        _check_pair(config)
     if config.optimizer.is_preconditioned and (peft.adalora or not peft.use_peft):
         what = "AdaLoRA's three factors have rules of their own" if peft.adalora else "there are no factors"
         raise UserError(f"optimizer={config.optimizer.name}: {what}; use optimizer=adamw")
     if config.model.quantization and not peft.use_peft:
         raise UserError("model.quantization: quantised weights cannot be trained; use peft=all")
     _check_effects(config, named)
+
+
+def _check_pair(config: ExperimentConfig) -> None:
+    """What does not go with an encoder and a decoder."""
+    if config.model.packing:
+        raise UserError(
+            f"model.packing=true: an encoder reads across the examples of one row (model.type="
+            f"{config.model.type}); use model.packing=false"
+        )
+    if not config.peft.use_peft:
+        return
+    if config.peft.train_embeddings:
+        raise UserError(
+            f"peft.train_embeddings=true: PEFT cannot train what encoder, decoder and head share (model.type="
+            f"{config.model.type}); use peft=all or peft=full_ft"
+        )
+    if config.init.mode == "eva":
+        raise UserError(
+            f"init.mode=eva: PEFT's EVA chooses tokens by one mask for all layers, which encoder and decoder "
+            f"have not (model.type={config.model.type}); use init=gradient or another start"
+        )
 
 
 def _check_mode(init: InitConfig, named: frozenset[str] | set[str]) -> None:

@@ -34,7 +34,9 @@ PRECONDITIONED = ("scaled_gd", "scaled_adamw", "lora_pro")
 class Section(BaseModel):
     """A strict, immutable node of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DatasetConfig(Section):
@@ -54,7 +56,9 @@ class ModelConfig(Section):
     """The pretrained model and how it is trained."""
 
     name: Text
-    type: Literal["CausalLM"] = "CausalLM"
+    type: Literal["CausalLM", "ConditionalGeneration"] = Field(
+        "CausalLM", description="one text, or an encoder for the prompt and a decoder for the target"
+    )
     revision: Text | None = None
     trust_remote_code: bool = False
     shape: dict[str, Any] | None = Field(None, description="Hugging Face config, for the dry run")
@@ -89,7 +93,7 @@ class ModelConfig(Section):
         None, ge=0, le=1, description="share of all steps to warm up, instead of warmup_steps"
     )
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf: no clipping")
     prec_reg: float | None = Field(
         None, gt=0, description="damping of the preconditioners; null: 1e-6, with lora_pro 1e-8"
     )
@@ -105,6 +109,11 @@ class ModelConfig(Section):
     saving: bool = Field(False, description="write the merged model too")
     push_to_hub: str | None = Field(None, description="private Hub repository for the finished adapter")
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether prompt and target are two texts: one for an encoder, one for its decoder."""
+        return self.type == "ConditionalGeneration"
+
     def warmup(self, n_steps: int) -> int:
         """Steps of warm-up in a training of so many."""
         return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * n_steps)
@@ -117,7 +126,7 @@ class PeftConfig(Section):
     lora_r: int = Field(8, ge=1)
     lora_relative_r: float | None = Field(None, gt=0, le=1, description="rank / hidden size")
     lora_target_modules: str | list[str] = Field(
-        "all", description="all, ends of layer names, or a regular expression of whole names"
+        "all", description="all, qv, ends of layer names, or a regular expression of whole names"
     )
     lora_exclude_modules: str | list[str] | None = Field(None, description="taken away from the targets")
     layers_to_transform: int | list[int] | None = Field(None, description="numbers of the blocks to adapt")
@@ -261,9 +270,11 @@ class ExperimentConfig(Section):
     tensorboard: bool = Field(False, description="event files in the run folder's tensorboard/")
     gradient_checkpointing: bool = False
     dry_run: bool = False
-    results_dir: str = "results"
+    results_dir: str = Field("results", min_length=1)
     cache_dir: str | None = Field(
-        "results/gradients", description="where gradient estimates are kept for other runs; null: nowhere"
+        "results/gradients",
+        min_length=1,
+        description="where gradient estimates are kept for other runs; null: nowhere",
     )
 
     @property
@@ -348,6 +359,11 @@ def parse_config(composed: DictConfig, named: frozenset[str] | set[str] = frozen
         key = getattr(error, "full_key", None) or "config"
         reason = "is required, give it a value" if "???" in str(error) or "Missing" in str(error) else ""
         raise UserError(f"{key}: {reason or str(error).splitlines()[0]}") from None
+    return parse_tree(tree, named)
+
+
+def parse_tree(tree: Any, named: frozenset[str] | set[str] = frozenset()) -> ExperimentConfig:
+    """As ``parse_config``, of a composed config whose interpolations are resolved."""
     if "model.name" in named and isinstance(tree, dict):
         tree["model"]["shape"] = None  # it is that of the group's own model
     try:

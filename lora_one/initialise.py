@@ -11,11 +11,11 @@ from lora_one import adapters
 from lora_one.adapters import InitReport
 from lora_one.baselines import PEFT_MODES, peft_starts
 from lora_one.config import ExperimentConfig
-from lora_one.data.batches import Batch, collate
+from lora_one.data.batches import IGNORED, Batch, collate
 from lora_one.data.encoding import Encoded
 from lora_one.inits import AdapterInit, clip_to_weight, simple_factors
 from lora_one.layers import shape_OI
-from lora_one.losses import to_device
+from lora_one.losses import pair_inputs, to_device
 from lora_one.models import LoadedModel, adapter_alphas, adapter_rank, adapter_ranks
 from lora_one.starts import LayerEstimate, gradient_starts, weight_starts
 
@@ -52,7 +52,7 @@ def start_adapters(
         assert config.init.adapter is not None
         adapted, report = adapters.continue_adapter(model, config.init.adapter, dtype, probe)
         return adapted, {}, report
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM" if config.model.is_pair else "CAUSAL_LM"}
     if config.peft.train_embeddings:
         common |= trained_along(model)
     if config.peft.adalora:
@@ -91,13 +91,17 @@ def trained_along(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def probe_logits(model: Any, examples: Sequence[Encoded], pad_id: int, device: torch.device) -> Tensor:
-    """The model's logits on a few examples, in eval mode, padding left out."""
+    """The model's logits on a few examples, in eval mode, padding left out; of pairs, the decoder's."""
     batch = to_device(collate([(example, 0.0) for example in examples], pad_id), device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    is_read = batch["attention_mask"].bool()
+    if model.config.is_encoder_decoder:
+        inputs, is_read = pair_inputs(model, batch), batch["labels"] != IGNORED
     was_training = model.training
     model.eval()
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    output = model(**inputs, use_cache=False)
     model.train(was_training)
-    return output.logits[batch["attention_mask"].bool()].float()
+    return output.logits[is_read].float()
 
 
 def _own_starts(

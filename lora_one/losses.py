@@ -28,8 +28,7 @@ def weighted_loss(model: Any, batch: Batch) -> Tensor:
     inner = getattr(model, "module", model)
     inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "position_ids")}
     if inner.config.is_encoder_decoder:
-        inputs["attention_mask"] = batch["attention_mask"]
-        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs = pair_inputs(inner, batch)
     positions_N = batch["positions"]
     with _head_only_at(inner.get_output_embeddings(), positions_N):
         logits = model(**inputs, use_cache=False).logits
@@ -38,6 +37,15 @@ def weighted_loss(model: Any, batch: Batch) -> Tensor:
         logits_NV = logits_NV[positions_N]
     losses_N = cross_entropy(logits_NV.float(), batch["targets"], reduction="none")
     return (losses_N * batch["weights"]).sum()
+
+
+def pair_inputs(model: Any, batch: Batch) -> Batch:
+    """What an encoder with a decoder reads of a batch of pairs: prompts, and targets one place later."""
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
+    }
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
@@ -23,6 +24,7 @@ from lora_one.digests import file_digest
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
 from lora_one.layers import is_linear, quantisation, settle, shape_OI, why_unsupported
+from lora_one.targets import qv_layers
 
 EMBEDDED_MODEL = "embedded/tiny_llama"
 _EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "tiny_llama"
@@ -60,7 +62,11 @@ def model_source(name: str) -> str:
     if name == EMBEDDED_MODEL:
         return str(_EMBEDDED_FOLDER)
     folder = Path(name).expanduser()
-    if not folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise UserError(f"model.name={name}: {error.strerror}; give a folder, or a Hub id") from None
+    if not exists:
         if name.startswith((".", "/", "~")):
             raise UserError(f"model.name={name}: no such folder; give a folder with config.json, or a Hub id")
         return name
@@ -124,17 +130,65 @@ def load_model(
 
 
 def empty_model(config: ModelConfig) -> Any | None:
-    """The model without weights (meta device), or None where its shape is unknown offline."""
+    """The model without weights (meta device), or None where its shape is unknown offline.
+
+    Raises:
+        UserError: If its config describes no model, or one of another ``model.type``.
+    """
     source = model_source(config.name)
-    if Path(source).is_dir():
-        hf_config = AutoConfig.from_pretrained(source)
-    elif config.shape is not None:
-        shape = dict(config.shape)
-        hf_config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    else:
+    is_local = Path(source).is_dir()
+    if not is_local and config.shape is None:
         return None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+    try:
+        if is_local:
+            hf_config = AutoConfig.from_pretrained(source)
+        else:
+            shape = dict(config.shape or {})
+            hf_config = AutoConfig.for_model(shape.pop("model_type", None), **shape)
+        _check_type(config, hf_config)
+        with torch.device("meta"):
+            return auto_class(config).from_config(hf_config)
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"model.name={config.name}: its config.json" if is_local else "model.shape"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} describes no model ({type(error).__name__}: {reason}); mend it") from error
+
+
+def auto_class(config: ModelConfig) -> Any:
+    """The class of transformers that loads a model of this ``model.type``."""
+    return AutoModelForSeq2SeqLM if config.is_pair else AutoModelForCausalLM
+
+
+def check_model_type(config: ModelConfig) -> None:
+    """Reads the model's own config, and no weights.
+
+    Raises:
+        UserError: If it cannot be read, or is of another ``model.type``.
+    """
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            model_source(config.name), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
+    _check_type(config, hf_config)
+
+
+def _check_type(config: ModelConfig, hf_config: Any) -> None:
+    if hf_config.is_encoder_decoder and not config.is_pair:
+        raise UserError(
+            f"model.type={config.type}: {config.name} is an encoder with a decoder ({hf_config.model_type}); "
+            "use model.type=ConditionalGeneration"
+        )
+    if config.is_pair and not hf_config.is_encoder_decoder:
+        raise UserError(
+            f"model.type={config.type}: {config.name} has no encoder ({hf_config.model_type}); "
+            "use model.type=CausalLM"
+        )
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
@@ -239,7 +293,7 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
             f"model.name={config.name}: the folder has no *.safetensors weights; save the model again"
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(config).from_pretrained(
             source,
             revision=config.revision,
             dtype=dtype,
@@ -302,6 +356,8 @@ def _fingerprint(model: Any, source: str, digests: Path | None) -> str | None:
 def _matching(model: Any, layers: Mapping[str, nn.Module], config: PeftConfig) -> tuple[str, ...]:
     """The layers that a name, a list of names or a regular expression means."""
     wanted, key = config.lora_target_modules, "peft.lora_target_modules"
+    if wanted == "qv":
+        wanted = qv_layers(model.config.model_type, layers)
     suffixes = [wanted] if isinstance(wanted, str) else wanted
     modules = {name: module for name, module in model.named_modules() if name}
     found: set[str] = set()

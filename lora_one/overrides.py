@@ -37,7 +37,16 @@ def normalise_overrides(arguments: list[str], conf_dir: Path) -> tuple[list[str]
     rewritten: list[str] = []
     notes: list[str] = []
     for argument in arguments:
+        if argument.lstrip("+~").startswith("="):
+            raise UserError(f"cannot read the override {argument!r}: there is no key before '='; give one")
+        taken = argument.lstrip("~").split("=", 1)[0]
+        if argument.startswith("~") and taken in _groups(conf_dir):
+            raise UserError(f"{argument}: {taken} cannot be taken away; give {taken}=NAME")
         match = _OVERRIDE.match(argument)
+        if match is not None and match["key"] == "hydra":
+            raise UserError(
+                f"{argument}: Hydra's own settings stay; change one of them, such as hydra.verbose"
+            )
         if match is None or match["key"].startswith("hydra"):
             # Hydra's parser wants flags first; a bare word is a flag's value.
             (flags if match is None else rewritten).append(argument)

@@ -107,7 +107,8 @@ def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
             rows.append(("steps", _UNKNOWN))
         return [*rows, ("tokens", _UNKNOWN), ("gradient sample", _gradient_sample(config, None))]
     plan = plan_training(n_train, config.model)
-    tokens = plan.n_steps * config.model.real_batch_size * config.model.max_length
+    longest = config.model.max_length * (2 if config.model.is_pair else 1)  # prompt and target are cut apart
+    tokens = plan.n_steps * config.model.real_batch_size * longest
     return [
         *rows,
         (

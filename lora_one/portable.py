@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_one.adapters import ADAPTER, PREFIX
 from lora_one.config import ModelConfig
@@ -139,5 +139,5 @@ def load_trained(loaded: LoadedModel, run_folder: Path) -> Any:
         return PeftModel.from_pretrained(loaded.model, str(run_folder / "adapter"))
     if not (run_folder / "merged").is_dir():
         raise UserError(f"{run_folder}: holds neither adapter/ nor merged/; remove it to run again")
-    model = AutoModelForCausalLM.from_pretrained(str(run_folder / "merged"), dtype=loaded.model.dtype)
-    return model.to(loaded.model.device)
+    merged = type(loaded.model).from_pretrained(str(run_folder / "merged"), dtype=loaded.model.dtype)
+    return merged.to(loaded.model.device)

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lora_one.data.encoding import Encoded
 from lora_one.processes import Processes, end_processes
@@ -43,6 +43,18 @@ def small_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCa
     model = LlamaForCausalLM(config).to(dtype)
     model.config.use_cache = False
     return model.eval()
+
+
+def save_small_t5(folder: Path, tokenizer: Any, **settings: Any) -> Path:
+    """Writes a random T5 with the embedded tokenizer: hidden 32, two blocks on each side."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids["decoder_start_token_id"] = tokenizer.pad_token_id
+    config = T5Config(vocab_size=len(tokenizer), **(sizes | ids | settings))
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def random_examples(n: int, seed: int = 0, longest: int = 20) -> list[Encoded]:

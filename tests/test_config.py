@@ -3,9 +3,11 @@
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from lora_one.config import ExperimentConfig, parse_config, result_identity
+from lora_one.config import ExperimentConfig, ModelConfig, parse_config, result_identity
 from lora_one.errors import UserError
+from lora_one.models import empty_model
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.records import run_id
 
@@ -21,7 +23,7 @@ def parse(*arguments: str) -> ExperimentConfig:
 
 
 def test_number_of_config_files():
-    assert len(FILES) == 39
+    assert len(FILES) == 48
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -56,6 +58,34 @@ def test_published_spellings_mean_the_plain_ones(published, plain):
 def test_a_choice_replaces_the_whole_group():
     assert parse("+init=default").init.model_fields_set == {"mode"}
     assert parse("+init=default").method == "lora"
+
+
+PARAMETERS = {
+    "gemma3": 999_885_952,
+    "llama": 6_738_415_616,
+    "llama3": 8_030_261_248,
+    "llama3_1b": 1_235_814_400,
+    "mistral": 7_241_732_096,
+    "qwen3": 8_190_735_360,
+    "t5base": 222_903_552,
+    "t5large": 737_668_096,
+    "t5small": 60_506_624,
+    "tinyllama": 1_100_048_384,
+}
+
+
+def test_the_shapes_of_the_models_are_those_on_the_hub():
+    files = {file.stem: OmegaConf.load(CONF / file) for file in FILES if file.parts[0] == "model"}
+    assert {name for name, tree in files.items() if "shape" in tree} == PARAMETERS.keys()
+    for name, expected in PARAMETERS.items():
+        model = empty_model(ModelConfig.model_validate(OmegaConf.to_container(files[name])))
+        assert sum(parameter.numel() for parameter in model.parameters()) == expected, name
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large", "xl"])
+def test_the_t5_groups_are_for_pairs(size):
+    config = parse(f"model=t5{size}", "dataset=gsm8k").model
+    assert (config.is_pair, config.warmup(1000)) == (True, 30)
 
 
 def test_init_weight_is_mapped_with_a_note():
@@ -99,6 +129,7 @@ def test_a_dataset_names_its_published_model(dataset, model):
         (["model=custom"], "model.name: is required"),
         (["experiment=null"], "experiment=null: no such choice"),
         (["peft=full_ft", "init=gradient"], "init: full fine-tuning has no adapter"),
+        (["peft=full_ft", "init=gaussian"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
         (
             ["init=default", "++init.stable_gamma=4"],
@@ -110,6 +141,12 @@ def test_a_dataset_names_its_published_model(dataset, model):
         (["init.scale=gd", "init.stable_gamma=4"], "init.stable_gamma: has no effect here"),
         (["init.direction=LoRA-GA", "init.normalize=none"], "init.normalize: has no effect here"),
         (["peft=full_ft", "peft.lora_r=4"], "peft.lora_r: has no effect here; .*peft=all"),
+        (
+            ["model=t5base", "model.warmup_steps=5"],
+            "model.warmup_steps: model.warmup_ratio=0.03 sets the warm-up; .*model.warmup_ratio=null",
+        ),
+        (["model.type=causal"], "model.type='causal': input should be 'CausalLM' or 'ConditionalGeneration'"),
+        (["model=t5base", "peft=qv_w_emb"], "peft.train_embeddings=true: .*model.type=ConditionalGeneration"),
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     ],
 )

@@ -84,32 +84,33 @@ def _even_groups(
     by_length: list[int], examples: Sequence[Encoded], limits: Limits, world_size: int
 ) -> list[list[int]]:
     """As few groups as the limits and the number of processes allow, the largest as small as can be."""
-    lengths = [len(examples[index].ids) for index in by_length]
     if limits.max_tokens is None:
         assert limits.max_examples is not None
         size = max(1, min(limits.max_examples, -(-len(by_length) // world_size)))
         return [by_length[start : start + size] for start in range(0, len(by_length), size)]
-    rounds = -(-len(_cuts(lengths, limits.max_tokens, limits.packed)) // world_size)
+    widths = [examples[index].widths for index in by_length]
+    rounds = -(-len(_cuts(widths, limits.max_tokens, limits.packed)) // world_size)
     low, high = 1, limits.max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_cuts(lengths, middle, limits.packed)) <= rounds * world_size:
+        if len(_cuts(widths, middle, limits.packed)) <= rounds * world_size:
             high = middle
         else:
             low = middle + 1
-    cuts = [*_cuts(lengths, high, limits.packed), len(by_length)]
+    cuts = [*_cuts(widths, high, limits.packed), len(by_length)]
     return [by_length[start:end] for start, end in pairwise(cuts)]
 
 
-def _cuts(lengths: Sequence[int], max_tokens: int, packed: bool) -> list[int]:
-    """Where the groups start if each, of descending lengths, takes all that it can hold."""
-    starts, n_tokens = [0], 0
-    for position, length in enumerate(lengths):
+def _cuts(widths: Sequence[tuple[int, int]], max_tokens: int, packed: bool) -> list[int]:
+    """Where the groups start if each takes all that it can hold, in the given order."""
+    starts, n_tokens, widest = [0], 0, (0, 0)
+    for position, (width, other) in enumerate(widths):
         first = starts[-1]
-        n_tokens = n_tokens + length if packed else (position - first + 1) * lengths[first]
+        widest = max(widest[0], width), max(widest[1], other)
+        n_tokens = n_tokens + width if packed else (position - first + 1) * sum(widest)
         if n_tokens > max_tokens and position > first:
             starts.append(position)
-            n_tokens = length
+            n_tokens, widest = width, (width, other)
     return starts
 
 

@@ -15,6 +15,7 @@ from lora_one.hub import offline_hint
 
 # One seed for every run: methods and seeds are compared on the same validation rows.
 _SPLIT_SEED = 20240707
+_MOST_GENERATED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ def _split(config: DatasetConfig, spec: DatasetSpec, split: str, size: int | Non
         return []  # a local training file is never mixed with splits from elsewhere
     elif spec.generate is not None and spec.generated_rows is not None:
         origin = config.name
+        if size is not None and size > _MOST_GENERATED:
+            raise UserError(
+                f"dataset.{split}_size={size}: {config.name} generates its rows, at most {_MOST_GENERATED:,}"
+            )
         rows = iter(spec.generate(split, size or spec.generated_rows[split]))
     elif split in spec.sources:
         origin = spec.sources[split].path
@@ -142,7 +147,11 @@ def _within_limit(
 
 
 def _read_file(path: Path, spec: DatasetSpec) -> Iterator[Row]:
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a .jsonl or .json file") from None
+    if is_folder:
         raise UserError(f"{path}: is a folder; give the path of a .jsonl or .json file")
     if not path.is_file():
         raise UserError(f"{path}: no such data file; give the path of a .jsonl or .json file")

@@ -78,7 +78,13 @@ def prepare_data(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -
 
     def encode(name: str, max_length: int, key: str = "model.max_length") -> EncodedSplit:
         return encode_split(
-            getattr(texts, name), tokenizer, joiner=joiner, max_length=max_length, name=name, key=key
+            getattr(texts, name),
+            tokenizer,
+            joiner=joiner,
+            max_length=max_length,
+            name=name,
+            key=key,
+            as_pairs=config.model.is_pair,
         )
 
     train = encode("train", config.model.max_length)
