@@ -130,18 +130,21 @@ def load_model(
 
 
 def empty_model(config: ModelConfig) -> Any | None:
-    """The model without weights (meta device), or None where its shape is unknown offline."""
+    """The model without weights (meta device), or None where its shape is unknown offline.
+
+    Raises:
+        UserError: If its config describes no model, or one of another ``model.type``.
+    """
     source = model_source(config.name)
     is_local = Path(source).is_dir()
     if not is_local and config.shape is None:
         return None
     try:
-        shape = dict(config.shape or {})
-        hf_config = (
-            AutoConfig.from_pretrained(source)
-            if is_local
-            else AutoConfig.for_model(shape.pop("model_type", None), **shape)
-        )
+        if is_local:
+            hf_config = AutoConfig.from_pretrained(source)
+        else:
+            shape = dict(config.shape or {})
+            hf_config = AutoConfig.for_model(shape.pop("model_type", None), **shape)
         _check_type(config, hf_config)
         with torch.device("meta"):
             return auto_class(config).from_config(hf_config)
