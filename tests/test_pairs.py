@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ALONE, only_run, save_small_t5
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from eval.generation import generate
 from lora_one.config import ExperimentConfig
@@ -188,6 +188,17 @@ def test_batched_generation_is_that_of_one_prompt_alone(model, tokenizer):
     assert together == alone
     assert together[0] == tokenizer.decode(stock[0], skip_special_tokens=True)
     assert together[0]
+
+
+def test_an_encoder_counts_its_places_from_the_first(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "init_std": 0.5}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    config = BartConfig(vocab_size=768, decoder_attention_heads=4, forced_eos_token_id=None, **sizes, **ids)
+    bart, settings = BartForConditionalGeneration(config).eval(), {"max_new_tokens": 6, "processes": ALONE}
+    together = generate(bart, tokenizer, list(TEXTS), batch_size=3, **settings)
+    assert together == [generate(bart, tokenizer, [text], batch_size=1, **settings)[0] for text in TEXTS]
 
 
 @pytest.mark.parametrize(
