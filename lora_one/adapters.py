@@ -29,6 +29,7 @@ from lora_one.layers import (
     settle,
     subtract_product,
     weight_norm,
+    why_unsupported,
 )
 
 ADAPTER = "default"
@@ -181,7 +182,12 @@ def continue_adapter(
     except Exception as error:
         raise UserError(f"init.adapter={source}: {' '.join(str(error).split())[:300]}") from error
     _settle_dtypes(adapted, dtype)
-    layers = lora_layers(adapted).values()
+    named = lora_layers(adapted)
+    others = [name for name, layer in named.items() if why_unsupported(layer.get_base_layer()) is not None]
+    if others or not named:
+        what = f"adapts {others[0].removeprefix(PREFIX)}" if others else "adapts nothing"
+        raise UserError(f"init.adapter={source}: {what}; adapters of linear layers can be trained on")
+    layers = named.values()
     norms = [_product_norm(layer, ADAPTER) for layer in layers]
     ratios = [
         norm / max(weight_norm(layer.get_base_layer()), _TINY)

@@ -1,7 +1,8 @@
 """How many tokens one micro-batch should hold, where nobody has said so."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,9 @@ from lora_one.processes import Processes
 _TOKENS_PER_THREAD = 512
 # More tokens make no GPU faster; they only make the micro-batches of a window uneven.
 _MOST_TOKENS = 16_384
+_UNMEASURED_TOKENS = 4_096
 _SHARE_OF_FREE_MEMORY = 0.8
-# Gradient, and AdamW's two moments, of a trained float32 number.
-_OPTIMISER_BYTES = 12
+_OPTIMISER_BYTES = 8  # AdamW's two moments of a trained number
 
 
 def micro_batch_limits(
@@ -37,40 +38,63 @@ def micro_batch_limits(
     """
     if config.per_device_batch_size is not None:
         return Limits(max_examples=config.per_device_batch_size, packed=config.packing)
-    max_tokens = config.max_tokens_per_device
-    if max_tokens is None and processes.device.type == "cuda":
-        longest = max(examples, key=lambda example: len(example.ids))
+    found = config.max_tokens_per_device or _what_suits(model, config, examples, pad_id, processes.device)
+    return Limits(max_tokens=min(processes.gather([found])), packed=config.packing)
+
+
+def _what_suits(
+    model: Any, config: ModelConfig, examples: Sequence[Encoded], pad_id: int, device: torch.device
+) -> int:
+    if device.type == "cpu":
+        return min(_MOST_TOKENS, _TOKENS_PER_THREAD * torch.get_num_threads())
+    # Several devices fill up differently, and the mask of a packed row grows with its square.
+    grows_evenly = not config.packing or "flash" in model.config._attn_implementation
+    if device.type != "cuda" or config.device_map is not None or not grows_evenly:
+        return _UNMEASURED_TOKENS
+    longest = max(examples, key=lambda example: len(example.ids))
+    if not longest.is_pair:
+        longest = replace(longest, n_prompt=1)  # the head takes most where all tokens are targets
+    with _in_mode(model, training=True):
+        _peak_bytes(model, longest, 1, config, pad_id, device)  # libraries take memory of their own once
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(processes.device)[0]
-        found = tokens_that_fit(
-            lambda n: _peak_bytes(model, longest, n, config, pad_id, processes.device),
+        free = torch.cuda.mem_get_info(device)[0]
+        return tokens_that_fit(
+            lambda n: _peak_bytes(model, longest, n, config, pad_id, device),
             len(longest.ids),
             int(_SHARE_OF_FREE_MEMORY * free) - _OPTIMISER_BYTES * _n_trained(model),
         )
-        max_tokens = min(processes.gather([found]))
-    return Limits(
-        max_tokens=max_tokens or _TOKENS_PER_THREAD * torch.get_num_threads(), packed=config.packing
-    )
 
 
 @torch.no_grad()
 def check_packing(model: Any, examples: Sequence[Encoded], pad_id: int, device: torch.device) -> None:
-    """Raises UserError if packed examples see each other: then the loss of one depends on its neighbour."""
-    neighbour, example = examples[0], examples[-1]
+    """Raises UserError if a packed example's loss is not its own, or depends on its neighbour."""
+    neighbour, example = max(examples, key=lambda example: len(example.ids)), examples[-1]
     backwards = replace(neighbour, ids=neighbour.ids[::-1].copy())
-    was_training = model.training
-    model.eval()
-    losses = []
-    for first in (neighbour, backwards):
-        batch = collate([(first, 0.0), (example, 1.0 / example.n_target)], pad_id, packed=True)
-        losses.append(weighted_loss(model, to_device(batch, device)).item())
-    model.train(was_training)
-    if not math.isclose(*losses, rel_tol=1e-6):
+    slot = (example, 1.0 / example.n_target)
+    batches = [collate([(first, 0.0), slot], pad_id, packed=True) for first in (neighbour, backwards)]
+    with _in_mode(model, training=False):
+        one, other, alone = (
+            weighted_loss(model, to_device(batch, device)).item()
+            for batch in (*batches, collate([slot], pad_id))
+        )
+    rounding = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not (math.isclose(one, other, rel_tol=1e-6) and math.isclose(one, alone, rel_tol=rounding)):
         kind, attention = model.config.model_type, model.config._attn_implementation
         raise UserError(
             f"model.packing=true: {kind} with {attention} attention does not keep packed examples apart; "
             "use model.packing=false, or another model.attn_implementation"
         )
+
+
+@contextmanager
+def _in_mode(model: Any, *, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def tokens_that_fit(peak_bytes: Callable[[int], int], length: int, free: int) -> int:
@@ -101,10 +125,15 @@ def _peak_bytes(
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     dtype = torch.bfloat16 if config.bf16 else torch.float16
-    with torch.random.fork_rng(devices=[device]), torch.autocast("cuda", dtype, config.bf16 or config.fp16):
-        weighted_loss(model, batch).backward()
-    model.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(device) - before
+    try:
+        with (
+            torch.random.fork_rng(devices=[device]),
+            torch.autocast("cuda", dtype, config.bf16 or config.fp16),
+        ):
+            weighted_loss(model, batch).backward()
+        return torch.cuda.max_memory_allocated(device) - before
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def _n_trained(model: Any) -> int:

@@ -69,7 +69,7 @@ def last_checkpoint(folder: Path, say: Callable[[str], None] = print) -> Path | 
     found = sorted((path.parent for path in states if _is_json(path)), key=step_of, reverse=True)
     damaged: list[Path] = []
     for checkpoint in found:
-        broken = _broken_file(checkpoint)
+        broken = broken_file(checkpoint)
         if broken is None:
             for file in damaged:
                 say(f"note: {file}: damaged; going on from the older {checkpoint.name}")
@@ -122,7 +122,8 @@ def _why_not_written(error: Exception, checkpoints: Path) -> str | None:
     return " ".join(str(error).split()) if is_writer else None
 
 
-def _broken_file(checkpoint: Path) -> Path | None:
+def broken_file(checkpoint: Path) -> Path | None:
+    """A file of a checkpoint that is not as it was written; None where all are."""
     contents = checkpoint / _CONTENTS
     if not contents.exists():  # of an older version
         return next((file for file in sorted(checkpoint.iterdir()) if not _is_readable(file)), None)

@@ -93,6 +93,8 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
         )
     if config.model.bf16 and config.model.fp16:
         raise UserError("model.bf16=true, model.fp16=true: two number formats; leave one out")
+    if config.model.fp16 and init.dtype == "bf16" and peft.use_peft:
+        raise UserError("model.fp16=true, init.dtype=bf16: a scaled loss wants fp32 factors; leave one out")
     if config.model.keep_best and peft.adalora:
         raise UserError("model.keep_best=true: AdaLoRA runs write no checkpoints; leave it out")
     if config.model.is_pair:

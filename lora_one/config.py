@@ -328,7 +328,7 @@ class ExperimentConfig(Section):
 # What only adds an output, or says how to watch or how to cut the same sums into pieces, and so must not
 # change the run's folder.
 _OUTPUT_KEYS: dict[str, set[str]] = {
-    "": {"dry_run", "results_dir", "cache_dir", "wandb", "tensorboard", "eval"},
+    "": {"dry_run", "results_dir", "cache_dir", "gradient_checkpointing", "wandb", "tensorboard", "eval"},
     "dataset": {"rows"},
     "init": {"offload"},
     "model": {

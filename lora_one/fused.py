@@ -76,11 +76,9 @@ def _can_be_fused(layer: Any) -> bool:
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or "forward" in vars(part)
         for part in parts
     )
-    is_partitioned = isinstance(base.weight, DTensor) or hasattr(base.weight, "ds_id")
     return not (
         has_hooks
-        or is_partitioned
-        or base.weight.requires_grad
+        or any(parameter.requires_grad for parameter in base.parameters())
         or ADAPTER in layer.lora_variant
         or layer.lora_bias[ADAPTER]
         or not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
@@ -94,7 +92,10 @@ def _forward(layer: Any, x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, A_RI, B_OR = x.to(dtype), A_RI.to(dtype), B_OR.to(dtype)
-    is_plain = not (arguments or settings or layer.disable_adapters or layer.merged)
+    is_usual = layer.active_adapters == [ADAPTER] and not (layer.disable_adapters or layer.merged)
+    # Sharded weights are gathered by hooks of the layers that hold them.
+    is_whole = W_OI.ndim == A_RI.ndim == 2 and not isinstance(W_OI, DTensor)
+    is_plain = is_usual and is_whole and x.ndim > 1 and not arguments and not settings
     if not is_plain or not x.dtype == W_OI.dtype == A_RI.dtype:
         return LoraLinear.forward(layer, x, *arguments, **settings)
     return _LinearWithLora.apply(x, W_OI, bias_O, A_RI, B_OR, layer.scaling[ADAPTER])
@@ -108,12 +109,13 @@ class _LinearWithLora(torch.autograd.Function):
         ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
     ) -> Tensor:
         x_NI = x.flatten(0, -2)
-        y_NO = nn.functional.linear(x_NI, W_OI, bias_O)
+        # In x's own shape: a view of another tensor could not be changed in place, as some models do.
+        y = nn.functional.linear(x, W_OI, bias_O)
         h_NR = (x_NI @ A_RI.T).mul_(scaling)
-        y_NO.addmm_(h_NR, B_OR.T)
+        y.flatten(0, -2).addmm_(h_NR, B_OR.T)
         ctx.save_for_backward(x_NI, h_NR, W_OI, A_RI, B_OR)
         ctx.scaling, ctx.shape = scaling, x.shape
-        return y_NO.unflatten(0, x.shape[:-1])
+        return y
 
     @staticmethod
     @once_differentiable

@@ -185,8 +185,8 @@ class _Sample:
 
     @property
     def loss_scale(self) -> float:
-        """Float16's smallest number is 6e-8, and a token's share of the gradient often less."""
-        return 2.0**16 if self.config.model.fp16 else 1.0
+        """Float16 ends at 6e-8, where a token's share of the gradient often is, and at 65,504."""
+        return 2.0**12 if self.config.model.fp16 else 1.0
 
     def run(
         self,
@@ -227,7 +227,8 @@ class _Sample:
         where = ", ".join(str(index) for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
         text = f" (the first: {self.decode(self.examples[indices[0]])!r})" if self.decode and indices else ""
         process = f" of process {self.processes.rank}" if self.processes.world_size > 1 else ""
-        precision = ", or compute in float32 (model.bf16=false)" if self.config.model.bf16 else ""
+        low = next((key for key in ("bf16", "fp16") if getattr(self.config.model, key)), None)
+        precision = f", or compute in float32 (model.{low}=false)" if low else ""
         return UserError(
             f"gradient batch {number} of {len(self.batches)}{process}: {what}; look at examples {where} of "
             f"the encoded training split{text} and at the weights{precision}"

@@ -1,6 +1,6 @@
 """The one training loss, shared by training, gradient estimation and validation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,9 @@ def weighted_loss(model: Any, batch: Batch) -> Tensor:
     if inner.config.is_encoder_decoder:
         inputs = pair_inputs(inner, batch)
     positions_N = batch["positions"]
-    with _head_only_at(inner.get_output_embeddings(), positions_N):
-        logits = model(**inputs, use_cache=False).logits
-    logits_NV = logits.flatten(0, -2)
-    if logits.shape[:-1] != (1, len(positions_N)):  # there is no head that could be told
+    with _head_only_at(inner.get_output_embeddings(), positions_N) as is_told:
+        logits_NV = model(**inputs, use_cache=False).logits.flatten(0, -2)
+    if not is_told():
         logits_NV = logits_NV[positions_N]
     losses_N = cross_entropy(logits_NV.float(), batch["targets"], reduction="none")
     return (losses_N * batch["weights"]).sum()
@@ -49,22 +48,26 @@ def pair_inputs(model: Any, batch: Batch) -> Batch:
 
 
 @contextmanager
-def _head_only_at(head: Any, positions_N: Tensor) -> Iterator[None]:
-    """Inside, the output head sees one row of the chosen positions instead of the whole batch."""
-    if head is None:
-        yield
-        return
+def _head_only_at(head: Any, positions_N: Tensor) -> Iterator[Callable[[], bool]]:
+    """Inside, the output head sees one row of the chosen positions instead of the whole batch.
+
+    What it gives tells whether the head, where the model has one, has been called.
+    """
+    calls: list[None] = []
 
     def choose(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        calls.append(None)
         hidden, *others = inputs
-        return hidden.flatten(0, -2)[positions_N][None], *others
+        # Of a model on several devices the head may be on another than the batch.
+        return hidden.flatten(0, -2)[positions_N.to(hidden.device)][None], *others
 
     # First of all hooks: others that watch the head see the same rows in its inputs as in its outputs.
-    handle = head.register_forward_pre_hook(choose, prepend=True)
+    handle = None if head is None else head.register_forward_pre_hook(choose, prepend=True)
     try:
-        yield
+        yield lambda: bool(calls)
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -52,7 +52,11 @@ def explain_out_of_memory(error: BaseException, stage: str, config: dict[str, An
     words = str(error)
     memory = "GPU memory" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in words else "memory"
     remedies = _REMEDIES.get(_SAME_REMEDIES.get(stage, stage), {})
-    lower = [key for key, value in remedies.items() if value is None and _setting(config, key) != 1]
+    is_counted = _setting(config, "model.per_device_batch_size") is not None
+    idle = "model.max_tokens_per_device" if is_counted else "model.per_device_batch_size"
+    lower = [
+        key for key, value in remedies.items() if value is None and key != idle and _setting(config, key) != 1
+    ]
     others = [
         f"{key}={str(value).lower()}"
         for key, value in remedies.items()

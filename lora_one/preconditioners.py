@@ -91,6 +91,7 @@ class Stacks:
             rows = zip(factors, stack.unbind(), strict=True)
             if all(factor.data_ptr() == row.data_ptr() for factor, row in rows):
                 return stack
+            del self._stacks[id(factors[0])]
         return torch.stack([factor.data for factor in factors])
 
 

@@ -13,11 +13,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from lora_one.budget import check_packing, micro_batch_limits
 from lora_one.callbacks import AdaLora, EarlyStopping, KeepBest, Log, Progress, best_step
-from lora_one.checkpoints import last_checkpoint, partial_folder, step_of, whole_checkpoint
+from lora_one.checkpoints import broken_file, last_checkpoint, partial_folder, step_of, whole_checkpoint
 from lora_one.config import ExperimentConfig, ModelConfig
 from lora_one.data.batches import Batch, Limits, WindowLoader, WindowSampler, collate_slots, split_window
 from lora_one.data.encoding import Encoded
 from lora_one.divergence import StopOnDivergence
+from lora_one.errors import UserError
 from lora_one.files import write_text
 from lora_one.fused import faster
 from lora_one.interruption import StopOnSignal
@@ -170,7 +171,7 @@ def train(
     history, last_loss = trainer.state.log_history, _final_validation_loss(trainer)
     best = best_step(history) if config.model.keep_best else None
     if best not in (None, trainer.state.global_step):
-        trainer._load_from_checkpoint(str(folder / "checkpoints" / f"checkpoint-{best}"))
+        _load_best(trainer, folder / "checkpoints" / f"checkpoint-{best}")
     return TrainResult(
         n_steps=trainer.state.global_step,
         final_train_loss=_all(history, "loss")[-1],
@@ -350,6 +351,13 @@ def adalora_penalty(model: Any) -> torch.Tensor:
             gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
             terms.append(torch.linalg.norm(gram - torch.eye(len(gram)).to(gram)))
     return weight * torch.stack(terms).mean()
+
+
+def _load_best(trainer: "_WindowTrainer", checkpoint: Path) -> None:
+    broken = broken_file(checkpoint) if checkpoint.is_dir() else checkpoint
+    if broken is not None:
+        raise UserError(f"{broken}: damaged or gone; use model.keep_best=false to keep the last weights")
+    trainer._load_from_checkpoint(str(checkpoint))
 
 
 def _final_validation_loss(trainer: Trainer) -> float:

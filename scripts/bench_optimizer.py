@@ -7,7 +7,7 @@ Compared, on factors and gradients of their own:
 
     adamw        torch's fused AdamW: the part that all of them pay
     classic, symmetric, sylvester       ScaledAdamW here, with each form of the preconditioner
-    peft         PEFT's create_riemannian_optimizer around the same AdamW (classic)
+    peft         PEFT's create_riemannian_optimizer around the same AdamW; it has the classic form alone
 
 Each has a process of its own with AdamW beside it, as in a training: what one leaves in the allocator
 changes the other's time. Each round the processes take turns, with one step of each from the same gradients.
@@ -144,6 +144,7 @@ def measure(rank: int, n_layers: int, rounds: int, dtype: torch.dtype, device: t
         settings = (theirs, name, n_layers, rank, dtype, device)
         processes.append(multiprocessing.get_context("spawn").Process(target=serve, args=settings))
         processes[-1].start()
+        theirs.close()  # so that a process that dies is noticed
     for turn in turns.values():
         turn.recv()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}

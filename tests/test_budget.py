@@ -1,9 +1,11 @@
 """The size of micro-batches that is found where none is given."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, random_examples, small_llama
+from conftest import ALONE, on_two_processes, random_examples, small_llama
 
 from lora_one.budget import micro_batch_limits, tokens_that_fit
 from lora_one.config import ModelConfig
@@ -11,6 +13,7 @@ from lora_one.data.batches import Limits, collate
 from lora_one.data.encoding import Encoded
 from lora_one.losses import weighted_loss
 from lora_one.memory import LivePeak
+from lora_one.processes import start_processes
 
 
 def test_what_is_found_fits_and_fills_the_memory():
@@ -45,7 +48,7 @@ def test_one_example_is_tried_in_any_case_and_there_is_an_end():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, Limits(max_tokens=512 * torch.get_num_threads())),
+        ({}, Limits(max_tokens=512 * min(32, torch.get_num_threads()))),
         ({"max_tokens_per_device": 70}, Limits(max_tokens=70)),
         ({"per_device_batch_size": 3, "packing": True}, Limits(max_examples=3, packed=True)),
     ],
@@ -53,3 +56,16 @@ def test_one_example_is_tried_in_any_case_and_there_is_an_end():
 def test_what_is_given_is_taken(settings, expected):
     config = ModelConfig.model_validate({"name": "x"} | settings)
     assert micro_batch_limits(None, config, random_examples(3), 0, ALONE) == expected
+
+
+def limits_as_rank(results: str) -> None:
+    processes = start_processes()
+    torch.set_num_threads(1 + processes.rank)
+    limits = micro_batch_limits(None, ModelConfig(name="x"), random_examples(3), 0, processes)
+    (Path(results) / str(processes.rank)).write_text(str(limits.max_tokens))
+
+
+def test_all_processes_take_the_same(tmp_path):
+    """Each cuts the same window by itself."""
+    on_two_processes(limits_as_rank, str(tmp_path))
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["512", "512"]

@@ -34,9 +34,8 @@ def failing(error):
         (
             "lora_one.training.weighted_loss",
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand so on"),
-            "out of GPU memory in the stage 'training'; lower model.max_tokens_per_device or "
-            "model.per_device_batch_size, or use gradient_checkpointing=true or model.bf16=true or "
-            "model.quantization=4bit; the run is kept as failed",
+            "out of GPU memory in the stage 'training'; lower model.max_tokens_per_device, or use "
+            "gradient_checkpointing=true or model.bf16=true or model.quantization=4bit; the run is kept as failed",
         ),
         (
             "lora_one.training.weighted_loss",
@@ -107,7 +106,7 @@ run_exp.main()
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 1, done.stderr[-2000:]
-    assert "error: out of memory in the stage 'training'; lower model.max_tokens_per_device" in done.stderr
+    assert "error: out of memory in the stage 'training'; lower model.per_device_batch_size" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import random_examples, small_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
 from lora_one.adapters import lora_layers
 from lora_one.data.batches import collate
@@ -108,6 +108,38 @@ def test_other_layers_stay_as_they_are(kind):
             layer.base_layer.weight.requires_grad_(True)
     with fused_adapters(model) as n:
         assert n == 0
+
+
+def test_a_trained_bias_is_trained():
+    model = small_llama()
+    layer = model.model.layers[0].self_attn
+    layer.q_proj = nn.Linear(layer.q_proj.in_features, layer.q_proj.out_features)
+    model = adapted(model, bias="lora_only")
+    _, expected = loss_and_gradients(model)
+    with fused_adapters(model) as n:
+        _, found = loss_and_gradients(model)
+    assert n == n_layers(model) - 1
+    assert any(name.endswith("q_proj.base_layer.bias") for name in expected)
+    assert worst(found, expected) < 1e-5
+
+
+def test_outputs_may_be_changed_in_place():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = adapted(OlmoForCausalLM(OlmoConfig(vocab_size=64, clip_qkv=8.0, pad_token_id=0, **sizes)))
+    _, expected = loss_and_gradients(model)
+    with fused_adapters(model) as n:
+        _, found = loss_and_gradients(model)
+    assert n == n_layers(model)
+    assert worst(found, expected) < 1e-5
+
+
+def test_one_vector_is_left_to_peft():
+    layer = adapted(nn.Sequential(nn.Linear(6, 5)))
+    x = torch.randn(6)
+    expected = layer(x)
+    with fused_adapters(layer):
+        assert torch.equal(layer(x), expected)
 
 
 def test_a_disabled_adapter_stays_disabled():

@@ -413,7 +413,14 @@ def test_an_adapter_of_another_model_is_named(tmp_path):
     kept = dict(list(state.items())[1:])
     save_file(kept, tmp_path / "broken" / "adapter_model.safetensors")
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path / "ia3")
-    for folder, words in (("broken", "missing adapter keys"), ("ia3", "is no LoRA adapter but")):
+    get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["embed_tokens"])).save_pretrained(
+        tmp_path / "embedding"
+    )
+    for folder, words in (
+        ("broken", "missing adapter keys"),
+        ("ia3", "is no LoRA adapter but"),
+        ("embedding", "adapts model.embed_tokens; adapters of linear layers"),
+    ):
         settings = config(mode="adapter", adapter=str(tmp_path / folder), bsz=1, iters=1)
         with pytest.raises(UserError, match=words):
             begin(settings)

@@ -86,7 +86,8 @@ def _even_groups(
     """As few groups as the limits and the number of processes allow, the largest as small as can be."""
     if limits.max_tokens is None:
         assert limits.max_examples is not None
-        size = max(1, min(limits.max_examples, -(-len(by_length) // world_size)))
+        rounds = -(-len(by_length) // (limits.max_examples * world_size))
+        size = -(-len(by_length) // (rounds * world_size))
         return [by_length[start : start + size] for start in range(0, len(by_length), size)]
     widths = [examples[index].widths for index in by_length]
     rounds = -(-len(_cuts(widths, limits.max_tokens, limits.packed)) // world_size)
