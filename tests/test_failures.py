@@ -35,7 +35,8 @@ def failing(error):
             "lora_one.training.weighted_loss",
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand so on"),
             "out of GPU memory in the stage 'training'; lower model.max_tokens_per_device, or use "
-            "gradient_checkpointing=true or model.bf16=true or model.quantization=4bit; the run is kept as failed",
+            "gradient_checkpointing=true or model.bf16=true or model.quantization=4bit; "
+            "the run is kept as failed",
         ),
         (
             "lora_one.training.weighted_loss",
