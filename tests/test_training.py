@@ -74,7 +74,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def fit_as_rank(folder: str) -> None:
-    fit(Path(folder), config(per_device_batch_size=2), processes=start_processes())
+    fit(Path(folder), config(max_tokens_per_device=40), processes=start_processes())
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path):
