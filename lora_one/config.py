@@ -71,7 +71,7 @@ class ModelConfig(Section):
         None, ge=1, description="examples of a micro-batch, instead of max_tokens_per_device"
     )
     packing: bool = Field(
-        False, description="micro-batches in one row without padding; pays with flash attention"
+        False, description="micro-batches in one row without padding; meant for flash attention"
     )
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
     bf16: bool = Field(False, description="frozen weights and arithmetic in bfloat16")
