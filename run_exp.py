@@ -37,6 +37,7 @@ from lora_one import portable, training
 from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
+from lora_one.digests import file_digest
 from lora_one.errors import RunError, UserError
 from lora_one.files import is_disk_full, write_text
 from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
@@ -173,12 +174,20 @@ def initialise(
             probe=lambda model: probe_logits(model, data.validation.examples[:4], data.pad_id, device),
         )
         if report is not None:
-            run.record.init = asdict(report)
+            run.record.init = asdict(report) | {"adapter": adapter_digest(config)}
             if run.processes.is_main and not run.has_init:
                 portable.save_init(inits, run.init_file)
             for remark in report.remarks():
                 run.processes.say(f"note: {remark}")
     return model, inits
+
+
+def adapter_digest(config: ExperimentConfig) -> str | None:
+    """Of the local adapter that is trained on: its name alone does not tell what it holds."""
+    if not config.peft.use_peft or config.init.adapter is None:
+        return None
+    weights = Path(config.init.adapter) / "adapter_model.safetensors"
+    return file_digest(weights, None) if weights.is_file() else None
 
 
 def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
@@ -267,6 +276,11 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     """A finished run is left alone; asked for another output, only that is made."""
     assert run.previous is not None
     run.check_complete(config)
+    if (run.record.init or {}).get("adapter") != adapter_digest(config):
+        raise UserError(
+            f"init.adapter={config.init.adapter}: has changed since {run.folder} was made from it; "
+            "restore it, or use another results_dir"
+        )
     wants_test = config.eval.task is not None and graded(run.previous["config"]["eval"]) != graded(
         config.eval.model_dump()
     )

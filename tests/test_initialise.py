@@ -388,6 +388,12 @@ def test_an_adapter_is_trained_on(cli, tmp_path):
     assert record["init"]["product_norm"] > 0
     losses = [read_metrics(folder / "metrics.jsonl")[0]["loss"] for folder in (adapter.parent, run)]
     assert losses[1] < losses[0]
+    again = ["dataset.train_size=64", "optimizer=scaled_adamw", *on]
+    assert "nothing to do" in cli(*SHORT, *again).stdout
+    save_file({name: 2 * tensor for name, tensor in before.items()}, adapter / "adapter_model.safetensors")
+    changed = cli(*SHORT, *again)
+    assert changed.returncode == 2
+    assert f"init.adapter={adapter}: has changed since {run}" in changed.stderr
 
 
 @pytest.mark.parametrize(
