@@ -115,25 +115,13 @@ def train(
         check_packing(model, train_examples, pad_id, processes.device)
     plan = plan_training(len(train_examples), config.model)
     limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes)
-    sampler = WindowSampler(
-        train_examples,
-        real_batch_size=config.model.real_batch_size,
-        limits=limits,
-        reduction=config.model.loss_reduction,
-        seed=config.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
+    sampler = _sampler(train_examples, limits, config, processes)
     checkpoint = processes.from_main(last_checkpoint(folder, processes.say))
     resumed_from = step_of(checkpoint) if checkpoint else 0
     steps = Steps(sampler)
     stop = StopOnSignal(processes, keeps_checkpoints=not config.peft.adalora)
     progress = Progress(plan.n_steps, steps, processes.is_main)
-    callbacks: list[TrainerCallback] = [stop, StopOnDivergence(steps, folder), progress]
-    if config.model.early_stopping_patience is not None:
-        callbacks.append(EarlyStopping(config.model.early_stopping_patience))
-    if config.model.keep_best:
-        callbacks.append(KeepBest())
+    callbacks = [stop, StopOnDivergence(steps, folder), progress, *_asked_for(config)]
     seconds_before = 0.0
     if processes.is_main:
         metrics = MetricsFile(folder / "metrics.jsonl", keep_through_step=resumed_from)
@@ -153,8 +141,6 @@ def train(
         config=config,
         exact_match=exact_match,
     )
-    if config.peft.adalora:
-        trainer.add_callback(AdaLora())
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     done_file = folder / "checkpoints" / "trained.json"
@@ -182,6 +168,32 @@ def train(
         escalated_dampings=_escalated(trainer, checkpoint),
         best_step=best,
     )
+
+
+def _sampler(
+    examples: Sequence[Encoded], limits: Limits, config: ExperimentConfig, processes: Processes
+) -> WindowSampler:
+    return WindowSampler(
+        examples,
+        real_batch_size=config.model.real_batch_size,
+        limits=limits,
+        reduction=config.model.loss_reduction,
+        seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+
+
+def _asked_for(config: ExperimentConfig) -> list[TrainerCallback]:
+    """What the configuration adds to the steps."""
+    callbacks: list[TrainerCallback] = []
+    if config.model.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(config.model.early_stopping_patience))
+    if config.model.keep_best:
+        callbacks.append(KeepBest())
+    if config.peft.adalora:
+        callbacks.append(AdaLora())
+    return callbacks
 
 
 def validation_loss(
