@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval.gsm8k import evaluate_gsm8k
 from lora_one import portable, training
+from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
@@ -88,6 +89,8 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         make_cache_folder(config.cache_dir)
     with run.stage("data"):
         check_model_type(config.model)
+        if config.peft.use_peft and config.init.adapter is not None:
+            check_adapter(config.init.adapter)
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config, tokenizer)
         run.note_source("data", data.summary())

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_one.data.encoding import encoder_input, without_end
+from lora_one.modes import in_mode
 from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 
@@ -45,17 +46,15 @@ def generate(
         use_cache=True,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    was_training = model.training
-    model.eval()
     answers: list[tuple[int, str]] = []
     with (
+        in_mode(model, training=False),
         torch.inference_mode(),
         progress_bar(mine, shown=processes.is_main, desc=description, unit="batch") as bar,
     ):
         for batch in bar:
             generated = _continue(model, tokenizer, [ids[i] for i in batch], settings, processes)
             answers += zip(batch, generated, strict=True)
-    model.train(was_training)
     texts = dict(processes.gather(answers))
     return [texts[index] for index in range(len(prompts))]
 

@@ -7,7 +7,8 @@ off its output (``shift="adapter"``), as two more frozen factors.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -168,19 +169,12 @@ def continue_adapter(
     Raises:
         UserError: If it cannot be read, is no LoRA adapter, or does not fit the model.
     """
+    check_adapter(source)
     settle(model)
     before = probe(model)
-    try:
-        kind = peft.PeftConfig.from_pretrained(source)
-        if not isinstance(kind, LoraConfig) or isinstance(kind, AdaLoraConfig):
-            raise UserError(f"init.adapter={source}: is no LoRA adapter but {kind.peft_type}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, source, ADAPTER, is_trainable=True)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"init.adapter={source}: {' '.join(str(error).split())[:300]}") from error
+    with _naming(source), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, source, ADAPTER, is_trainable=True)
     _settle_dtypes(adapted, dtype)
     named = lora_layers(adapted)
     others = [name for name, layer in named.items() if why_unsupported(layer.get_base_layer()) is not None]
@@ -201,6 +195,26 @@ def continue_adapter(
         logit_drift=_relative(probe(adapted), before),
     )
     return adapted, report
+
+
+def check_adapter(source: str) -> None:
+    """Reads an adapter's config, and no weights.
+
+    Raises:
+        UserError: If it cannot be read, or is no LoRA adapter.
+    """
+    with _naming(source):
+        kind = peft.PeftConfig.from_pretrained(source)
+    if not isinstance(kind, LoraConfig) or isinstance(kind, AdaLoraConfig):
+        raise UserError(f"init.adapter={source}: is no LoRA adapter but {kind.peft_type}")
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"init.adapter={source}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _settle_dtypes(adapted: PeftModel, dtype: torch.dtype) -> None:

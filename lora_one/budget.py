@@ -1,8 +1,7 @@
 """How many tokens one micro-batch should hold, where nobody has said so."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +12,10 @@ from lora_one.data.batches import Limits, collate
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.losses import to_device, weighted_loss
+from lora_one.modes import in_mode
 from lora_one.processes import Processes
 
-# On two cores, micro-batches of 512, 1,024, 2,048 and 4,096 tokens: scripts/bench_training.py --budgets.
+# A thousand or two on two cores are faster than half or twice as many: scripts/bench_training.py --budgets.
 _TOKENS_PER_THREAD = 512
 # More tokens make no GPU faster; they only make the micro-batches of a window uneven.
 _MOST_TOKENS = 16_384
@@ -54,7 +54,7 @@ def _what_suits(
     longest = max(examples, key=lambda example: len(example.ids))
     if not longest.is_pair:
         longest = replace(longest, n_prompt=1)  # the head takes most where all tokens are targets
-    with _in_mode(model, training=True):
+    with in_mode(model, training=True):
         _peak_bytes(model, longest, 1, config, pad_id, device)  # libraries take memory of their own once
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
@@ -72,7 +72,7 @@ def check_packing(model: Any, examples: Sequence[Encoded], pad_id: int, device: 
     backwards = replace(neighbour, ids=neighbour.ids[::-1].copy())
     slot = (example, 1.0 / example.n_target)
     batches = [collate([(first, 0.0), slot], pad_id, packed=True) for first in (neighbour, backwards)]
-    with _in_mode(model, training=False):
+    with in_mode(model, training=False):
         one, other, alone = (
             weighted_loss(model, to_device(batch, device)).item()
             for batch in (*batches, collate([slot], pad_id))
@@ -84,17 +84,6 @@ def check_packing(model: Any, examples: Sequence[Encoded], pad_id: int, device: 
             f"model.packing=true: {kind} with {attention} attention does not keep packed examples apart; "
             "use model.packing=false, or another model.attn_implementation"
         )
-
-
-@contextmanager
-def _in_mode(model: Any, *, training: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def tokens_that_fit(peak_bytes: Callable[[int], int], length: int, free: int) -> int:

@@ -76,7 +76,7 @@ class ModelConfig(Section):
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
     bf16: bool = Field(False, description="frozen weights and arithmetic in bfloat16")
     fp16: bool = Field(False, description="the same in float16, for GPUs without bfloat16")
-    compile: bool = Field(False, description="compile the model's blocks; pays in long trainings on GPUs")
+    compile: bool = Field(False, description="compile the model's blocks; for long trainings")
     attn_implementation: Text | None = Field(
         None, description="eager, sdpa, flash_attention_2, …; null: what the model chooses"
     )

@@ -41,9 +41,8 @@ def faster(model: Any, config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        raise UserError(
-            f"model.compile=true: {str(error).splitlines()[0]}; use model.compile=false"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.compile=true: {reason}; use model.compile=false") from error
     finally:
         for block in blocks:
             block._compiled_call_impl = None

@@ -17,6 +17,7 @@ from lora_one.inits import AdapterInit, clip_to_weight, simple_factors
 from lora_one.layers import shape_OI
 from lora_one.losses import pair_inputs, to_device
 from lora_one.models import LoadedModel, adapter_alphas, adapter_rank, adapter_ranks
+from lora_one.modes import in_mode
 from lora_one.starts import LayerEstimate, gradient_starts, weight_starts
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -97,10 +98,8 @@ def probe_logits(model: Any, examples: Sequence[Encoded], pad_id: int, device: t
     is_read = batch["attention_mask"].bool()
     if model.config.is_encoder_decoder:
         inputs, is_read = pair_inputs(model, batch), batch["labels"] != IGNORED
-    was_training = model.training
-    model.eval()
-    output = model(**inputs, use_cache=False)
-    model.train(was_training)
+    with in_mode(model, training=False):
+        output = model(**inputs, use_cache=False)
     return output.logits[is_read].float()
 
 

@@ -307,7 +307,7 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
         raise
     except Exception as error:
         asked = config.attn_implementation
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         if asked is not None and any(word in reason.lower() for word in ("attention", "attn", asked)):
             raise UserError(f"model.attn_implementation={asked}: {reason}") from error
         raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error

@@ -24,6 +24,7 @@ from lora_one.fused import faster
 from lora_one.interruption import StopOnSignal
 from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
+from lora_one.modes import in_mode
 from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
 from lora_one.processes import Processes
 from lora_one.steps import Steps
@@ -213,14 +214,11 @@ def validation_loss(
         reduction=reduction,
         world_size=processes.world_size,
     )[processes.rank]
-    was_training = model.training
-    model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad():
+    with in_mode(model, training=False), torch.no_grad():
         for slots in batches:
             batch = collate_slots(examples, slots, pad_id, packed=limits.packed)
             total += weighted_loss(model, to_device(batch, processes.device)).item()
-    model.train(was_training)
     return float(processes.sum_(total))
 
 

@@ -52,6 +52,7 @@ from lora_one.config import ExperimentConfig, WandbConfig
 from lora_one.data.encoding import Encoded, encode_split
 from lora_one.data.specs import Example
 from lora_one.data.tiny import problems
+from lora_one.errors import UserError
 from lora_one.memory import LivePeak
 from lora_one.models import EMBEDDED_MODEL, linear_layers, model_source
 from lora_one.processes import Processes, start_processes
@@ -267,7 +268,12 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    case = make_case(arguments)
+    try:
+        case = make_case(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or arguments.model}: {error.strerror or 'cannot be read'}")
     is_gpu = case.processes.device.type == "cuda"
     where = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
     lengths = [len(example.ids) for example in case.examples]

@@ -1,5 +1,6 @@
 """Shared pieces: a Llama of a few thousand parameters, its data, and the program as a function."""
 
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -66,6 +67,15 @@ def random_examples(n: int, seed: int = 0, longest: int = 20) -> list[Encoded]:
         ids = rng.integers(3, 64, size=length).astype(np.int32)
         examples.append(Encoded(ids, int(rng.integers(1, length - 2))))
     return examples
+
+
+def load_script(name: str):
+    """A program of ``scripts/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -1,21 +1,16 @@
 """The benchmark of initialisation measures what it says, on a model of a few thousand parameters."""
 
-import importlib.util
 import sys
 
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, load_script, run_program
 
 SMALL = ["--hidden", "128", "--layers", "1", "--batches", "2", "--bsz", "2", "--tokens", "16", "--rank", "2"]
 SCRIPT = ROOT / "scripts" / "bench_init.py"
 
 
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_init", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_init"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_init")
 
 
 def test_every_method_is_measured():

@@ -3,7 +3,8 @@
 import json
 import sys
 
-from conftest import ROOT, run_program
+import pytest
+from conftest import ROOT, load_script, run_program
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -28,6 +29,19 @@ def test_training_beside_the_trainer_and_the_limit(tmp_path):
         assert float(peak.replace(",", "")) > 0
     assert found["limit"][1] == "1.00"
     assert found["published"][2] == "1.00"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "/none"], "error: model.name=/none: no such folder"),
+        (["--data", "/none.jsonl"], "error: /none.jsonl: No such file or directory"),
+    ],
+)
+def test_training_names_what_is_not_there(monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", *arguments])
+    with pytest.raises(SystemExit, match=words):
+        load_script("bench_training").main()
 
 
 def test_optimisers_beside_pefts():

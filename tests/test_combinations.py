@@ -1,12 +1,10 @@
 """Every combination of the groups runs or is refused in one line; nothing ends in a traceback."""
 
-import importlib.util
 import random
-import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 from hydra import initialize_config_dir
 
 PARTS = 4  # so that several processes share them
@@ -14,11 +12,7 @@ PARTS = 4  # so that several processes share them
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("try_combinations", ROOT / "scripts/try_combinations.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["try_combinations"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("try_combinations")
 
 
 @pytest.fixture(scope="module")

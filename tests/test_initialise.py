@@ -410,6 +410,7 @@ def test_an_adapter_that_cannot_be_had_is_named(cli, arguments, words):
     assert done.returncode == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert words in error
+    assert "[model]" not in done.stdout  # before any weights are read
 
 
 def test_an_adapter_of_another_model_is_named(tmp_path):

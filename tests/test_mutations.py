@@ -2,14 +2,12 @@
 
 import functools
 import gc
-import importlib.util
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from conftest import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,11 +96,7 @@ MUTATIONS = (FITTING | WILD).map(lambda parts: f"{parts[0]}{parts[1]}={parts[2]}
 
 @pytest.fixture(scope="module")
 def start():
-    spec = importlib.util.spec_from_file_location("try_combinations", ROOT / "scripts/try_combinations.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["try_combinations"] = module
-    spec.loader.exec_module(module)
-    return module.start
+    return load_script("try_combinations").start
 
 
 @pytest.mark.slow
