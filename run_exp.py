@@ -14,10 +14,11 @@ after them how a launch begins and ends.
 import gc
 import logging
 import os
+import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,16 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from eval.gsm8k import evaluate_gsm8k
+from eval.generation import Decoding
+from eval.results import EvalResult
+from eval.subject import Request, Subject
+from eval.tasks import GRADERS, check_benchmarks, find_task
 from lora_one import portable, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
+from lora_one.data.specs import Example
 from lora_one.digests import file_digest
 from lora_one.errors import RunError, UserError
 from lora_one.files import is_disk_full, write_text
@@ -76,6 +81,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
         train(config, model, data, loaded, tracker, run)
         export_adapter(config, model, inits, run)
         evaluate("test", config, model, data, loaded, run)
+        run_benchmarks(config, model, loaded, run)
         tracker.summarise(run.record.figures())
     if run.processes.is_main:
         export_merged(config, model, loaded, run)
@@ -114,17 +120,62 @@ def check_asked_of_data(config: ExperimentConfig, data: Data) -> None:
 def evaluate(
     name: str, config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, run: Run
 ) -> None:
-    """Exact match on the test split, stored under ``name``; the generated texts beside the record."""
+    """The test split graded, stored under ``name``."""
     if config.eval.task is None or not data.texts.test or name in run.record.metrics:
         return
     if name == "test_before" and not config.eval.before_training:
         return
     with run.stage(name):
-        result = evaluate_gsm8k(model, loaded.tokenizer, data.texts.test, config.eval, run.processes, name)
-        run.record.metrics[name] = result.summary()
-        run.record.config["eval"] = config.eval.model_dump()
+        keep_result(name, grade(config, model, data.texts.test, loaded, run, name), config, run)
+
+
+def run_benchmarks(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run) -> None:
+    """The benchmarks of ``eval.tasks`` that the record does not have yet, on the model as it stands."""
+    for name in config.eval.tasks:
+        if name in run.record.metrics:
+            continue
+        folder = run.folder / "answers" / name
         if run.processes.is_main:
-            write_text(run.folder / f"{name}.jsonl", result.samples_jsonl())
+            folder.mkdir(parents=True, exist_ok=True)
+        run.processes.wait()
+        data = config.eval.data.get(name)
+        request = Request(Path(data) if data else None, config.eval.limit, config.seed, folder, name)
+        with run.stage(name):
+            result = find_task(name)(subject(config, model, loaded, run), request)
+            keep_result(name, result, config, run)
+
+
+def subject(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run) -> Subject:
+    """The model as the benchmarks see it."""
+    settings = config.eval
+    return Subject(
+        model, loaded.tokenizer, run.processes, run.record.run_id, settings.max_tokens, settings.batch_size
+    )
+
+
+def grade(
+    config: ExperimentConfig,
+    model: Any,
+    examples: Sequence[Example],
+    loaded: LoadedModel,
+    run: Run,
+    name: str,
+) -> EvalResult:
+    """What ``eval.task`` makes of the model's answers to ``examples``."""
+    assert config.eval.task is not None
+    settings = config.eval
+    decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.top_p)
+    request = Request(limit=settings.limit, seed=config.seed, description=name)
+    return GRADERS[config.eval.task](subject(config, model, loaded, run), examples, request, decoding)
+
+
+def keep_result(name: str, result: EvalResult, config: ExperimentConfig, run: Run) -> None:
+    """The figures to the record, every answer to a file beside it."""
+    run.record.metrics[name] = result.summary()
+    run.record.config["eval"] = config.eval.model_dump()
+    if run.processes.is_main:
+        write_text(run.folder / f"{name}.jsonl", result.samples_jsonl())
+        shutil.rmtree(run.folder / "answers" / name, ignore_errors=True)
     run.processes.say(f"{name}: {result}")
 
 
@@ -229,10 +280,8 @@ def exact_match(
     """What measures the share of right answers on the validation split: the test split is for the end."""
     if config.eval.task is None or not config.eval.during_training:
         return None
-    examples, name = data.texts.validation, "validation"
-    return lambda model: (
-        evaluate_gsm8k(model, loaded.tokenizer, examples, config.eval, run.processes, name).value
-    )
+    examples = data.texts.validation
+    return lambda model: grade(config, model, examples, loaded, run, "validation").figure.value
 
 
 def export_adapter(config: ExperimentConfig, model: Any, inits: dict[str, AdapterInit], run: Run) -> None:
@@ -288,15 +337,19 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
         config.eval.model_dump()
     )
     wants_merged = config.model.saving and not (run.folder / "merged").exists()
-    wants_test, wants_merged = run.processes.from_main((wants_test, wants_merged))
-    if not (wants_merged or wants_test):
+    asked = benchmarks_to_run(config, run.previous)
+    wants_test, wants_merged, asked = run.processes.from_main((wants_test, wants_merged, asked))
+    if not (wants_merged or wants_test or asked):
         run.processes.say(f"{run.folder}: this run is finished, nothing to do")
         return
     run.processes.say(f"{run.folder}: this run is finished, adding what is new")
     data, loaded = load(config, run)
-    if wants_test:
-        run.record.metrics.pop("test", None)
-        evaluate("test", config, portable.load_trained(loaded, run.folder), data, loaded, run)
+    if wants_test or asked:
+        for name in ["test"] * wants_test + asked:
+            run.record.metrics.pop(name, None)
+        trained = portable.load_trained(loaded, run.folder)
+        evaluate("test", config, trained, data, loaded, run)
+        run_benchmarks(config, trained, loaded, run)
     if run.processes.is_main:
         if wants_merged:
             export_merged(config, None, loaded, run)
@@ -304,13 +357,16 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     run.processes.say(run.summary())
 
 
+def benchmarks_to_run(config: ExperimentConfig, previous: dict[str, Any]) -> list[str]:
+    """Those of ``eval.tasks`` that a finished run has no figures of, or has them otherwise asked for."""
+    stored = previous["config"]["eval"]
+    same = all(stored[key] == getattr(config.eval, key) for key in ("data", "limit"))
+    return [name for name in config.eval.tasks if not same or name not in previous["metrics"]]
+
+
 def graded(settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of the evaluation's settings that its result depends on."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in ("batch_size", "before_training", "during_training")
-    }
+    """The part of the evaluation's settings that the test split's result depends on."""
+    return {key: settings[key] for key in ("task", "limit", "max_new_tokens", "temperature", "top_p")}
 
 
 def start(composed: DictConfig) -> None:
@@ -336,6 +392,7 @@ def start(composed: DictConfig) -> None:
         processes.say(f"note: model.prec_reg has no effect with optimizer={config.optimizer.name}")
     if config.tensorboard:
         check_tensorboard()
+    check_benchmarks(config.eval.tasks, config.eval.data)
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
         return

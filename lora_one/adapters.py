@@ -197,24 +197,24 @@ def continue_adapter(
     return adapted, report
 
 
-def check_adapter(source: str) -> None:
-    """Reads an adapter's config, and no weights.
+def check_adapter(source: str, key: str = "init.adapter") -> None:
+    """Reads an adapter's config, and no weights; ``key`` is what named it.
 
     Raises:
         UserError: If it cannot be read, or is no LoRA adapter.
     """
-    with _naming(source):
+    with _naming(source, key):
         kind = peft.PeftConfig.from_pretrained(source)
     if not isinstance(kind, LoraConfig) or isinstance(kind, AdaLoraConfig):
-        raise UserError(f"init.adapter={source}: is no LoRA adapter but {kind.peft_type}")
+        raise UserError(f"{key}={source}: is no LoRA adapter but {kind.peft_type}")
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
+def _naming(source: str, key: str = "init.adapter") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"init.adapter={source}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{key}={source}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _settle_dtypes(adapted: PeftModel, dtype: torch.dtype) -> None:

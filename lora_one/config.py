@@ -235,16 +235,25 @@ class OptimizerConfig(Section):
 
 
 class EvalConfig(Section):
-    """The generation test on the test split after training."""
+    """What is tested after training: the dataset's own test split, and benchmarks."""
 
-    task: Literal["gsm8k"] | None = None
+    task: Literal["gsm8k"] | None = Field(
+        None, description="how answers to the dataset's test split are graded"
+    )
+    tasks: list[str] = Field([], description="benchmarks by name; eval/tasks.py has the table")
+    data: dict[str, str] = Field({}, description="benchmark: its local file or folder, instead of the Hub")
     before_training: bool = False
     during_training: bool = Field(
         False, description="also on the validation split, whenever its loss is measured"
     )
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="the first so many problems only")
     max_new_tokens: int = Field(512, ge=1)
-    batch_size: int = Field(32, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_size: int | None = Field(None, ge=1, description="most prompts of a batch; null: by tokens alone")
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens of a batch, new ones included; null: what suits the device"
+    )
 
 
 class WandbConfig(Section):

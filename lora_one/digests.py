@@ -34,6 +34,14 @@ def file_digest(path: Path, store: Path | None = None) -> str:
     return digest
 
 
+def weights_fingerprint(folder: Path, store: Path | None = None) -> str:
+    """Digest of a local model's weight files; ``store`` as in ``file_digest``."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(bytes.fromhex(file_digest(path, store)))
+    return digest.hexdigest()[:16]
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A kept digest; nothing where there is none, or none that can be read."""
     try:

@@ -1,6 +1,5 @@
 """Models: loading a pretrained model and its tokenizer, and finding the layers to adapt."""
 
-import hashlib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from lora_one.config import ExperimentConfig, ModelConfig, PeftConfig
-from lora_one.digests import file_digest
+from lora_one.digests import weights_fingerprint
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
 from lora_one.layers import is_linear, quantisation, settle, shape_OI, why_unsupported
@@ -347,10 +346,7 @@ def _check_quantised(model: Any, config: ModelConfig) -> None:
 def _fingerprint(model: Any, source: str, digests: Path | None) -> str | None:
     if not Path(source).is_dir():
         return getattr(model.config, "_commit_hash", None)
-    digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.safetensors")):
-        digest.update(bytes.fromhex(file_digest(path, digests)))
-    return digest.hexdigest()[:16]
+    return weights_fingerprint(Path(source), digests)
 
 
 def _matching(model: Any, layers: Mapping[str, nn.Module], config: PeftConfig) -> tuple[str, ...]:

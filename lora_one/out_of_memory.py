@@ -23,7 +23,7 @@ _REMEDIES: dict[str, dict[str, Any]] = {
         "model.bf16": True,
         "model.quantization": "4bit",
     },
-    "test": {"eval.batch_size": None, "model.bf16": True, "model.quantization": "4bit"},
+    "test": {"eval.max_tokens": None, "model.bf16": True, "model.quantization": "4bit"},
     "merge": {"model.saving": False},
     "data": {"dataset.train_size": None},
 }

@@ -8,10 +8,10 @@ import torch
 from conftest import ALONE, EMBEDDED, SHARED
 from transformers import AutoModelForCausalLM
 
-from eval.generation import generate
+from eval.generation import Decoding, generate
 from eval.graders import gsm8k_answer
-from eval.gsm8k import evaluate_gsm8k
-from lora_one.config import EvalConfig
+from eval.gsm8k import grade_numbers
+from eval.subject import Request, Subject
 from lora_one.data.specs import Example
 from lora_one.data.tiny import problems
 from lora_one.errors import UserError
@@ -56,9 +56,11 @@ def test_batches_generate_what_single_prompts_do(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
     prompts = [f"Q: {row['question']}\nA: " for row in problems("test", 12)]
     prompts += ["Tom has", "A"]
-    settings = {"max_new_tokens": 24, "processes": ALONE}
-    batched = generate(model, tokenizer, prompts, batch_size=5, **settings)
-    assert batched == generate(model, tokenizer, prompts, batch_size=1, **settings)
+    batched, alone = (
+        generate(Subject(model, tokenizer, ALONE, batch_size=size), prompts, Decoding(24), Request())
+        for size in (5, 1)
+    )
+    assert batched == alone
     assert len(set(batched)) > 5
 
 
@@ -66,9 +68,9 @@ def test_result_counts_right_wrong_and_silent(tokenizer, monkeypatch):
     examples = [Example(f"Q: {i}\nA: ", "", f"#### {i}", f"{i}") for i in range(4)]
     replies = ["#### 0", "#### 7", "I do not know", "#### 3.0"]
     monkeypatch.setattr("eval.gsm8k.generate", lambda *_, **__: replies)
-    result = evaluate_gsm8k(torch.nn.Identity(), tokenizer, examples, EvalConfig(task="gsm8k"), ALONE, "test")
-    assert (result.value, result.n, result.n_without_answer) == (0.5, 4, 1)
-    assert result.standard_error == pytest.approx(0.25)
+    result = grade_numbers(Subject(torch.nn.Identity(), tokenizer, ALONE), examples, Request())
+    assert (result.figure.value, result.figure.n, result.counts["without an answer"]) == (0.5, 4, 1)
+    assert result.figure.standard_error == pytest.approx(0.25)
     assert [json.loads(line)["right"] for line in result.samples_jsonl().splitlines()] == [
         True,
         False,
@@ -81,4 +83,4 @@ def test_result_counts_right_wrong_and_silent(tokenizer, monkeypatch):
 def test_a_reference_without_a_number_is_refused(tokenizer):
     examples = [Example("Q: 1\nA: ", "", "no number here", "g")]
     with pytest.raises(UserError, match="no number after '####' in the answer to 'Q: 1"):
-        evaluate_gsm8k(torch.nn.Identity(), tokenizer, examples, EvalConfig(task="gsm8k"), ALONE, "test")
+        grade_numbers(Subject(torch.nn.Identity(), tokenizer, ALONE), examples, Request())

@@ -55,9 +55,9 @@ def failing(error):
             "model.device_map=auto;",
         ),
         (
-            "run_exp.evaluate_gsm8k",
+            "run_exp.grade",
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-            "out of GPU memory in the stage 'test'; lower eval.batch_size, or use",
+            "out of GPU memory in the stage 'test'; lower eval.max_tokens, or use",
         ),
     ],
 )

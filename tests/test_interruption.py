@@ -62,7 +62,7 @@ def test_training_keeps_a_checkpoint_and_goes_on_to_the_same_bits(cli, tmp_path,
     assert curve(folder) == curve(only_run(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("stage", ["load_model", "estimate_gradient", "evaluate_gsm8k", "plot_run"])
+@pytest.mark.parametrize("stage", ["load_model", "estimate_gradient", "grade", "plot_run"])
 def test_elsewhere_the_signal_ends_the_run_at_once(cli, tmp_path, monkeypatch, stage):
     def signalled(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_an_interruption_by_hand_is_no_failure(cli, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("run_exp.evaluate_gsm8k", interrupted)
+    monkeypatch.setattr("run_exp.grade", interrupted)
     assert cli(*SHORT).returncode == 130
     assert record_of(only_run(tmp_path / "results"))["status"] == "unfinished"
 

@@ -44,7 +44,7 @@ POINTS = [
     ("torch.save", 4, "half"),
     ("lora_one.training.write_text", 1, "before"),  # trained, but nobody says so
     ("lora_one.portable.save_file", 1, "half"),  # the adapter
-    ("run_exp.evaluate_gsm8k", 1, "before"),
+    ("run_exp.grade", 1, "before"),
     ("run_exp.plot_run", 1, "before"),
     ("lora_one.runs.finish", 1, "after"),
 ]

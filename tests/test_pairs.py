@@ -9,7 +9,8 @@ from conftest import ALONE, only_run, save_small_t5
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from eval.generation import generate
+from eval.generation import Decoding, generate
+from eval.subject import Request, Subject
 from lora_one.config import ExperimentConfig
 from lora_one.data.batches import IGNORED, Limits, collate, collate_slots, split_window
 from lora_one.data.encoding import Encoded, encode_split
@@ -180,9 +181,9 @@ def test_an_empty_slot_among_pairs_carries_nothing():
 
 
 def test_batched_generation_is_that_of_one_prompt_alone(model, tokenizer):
-    settings = {"max_new_tokens": 6, "processes": ALONE}
-    together = generate(model, tokenizer, list(TEXTS), batch_size=3, **settings)
-    alone = [generate(model, tokenizer, [text], batch_size=1, **settings)[0] for text in TEXTS]
+    subject = Subject(model, tokenizer, ALONE)
+    together = generate(subject, TEXTS, Decoding(6), Request())
+    alone = [generate(subject, [text], Decoding(6), Request())[0] for text in TEXTS]
     ids = torch.tensor([[*tokenizer(TEXTS[0])["input_ids"], tokenizer.eos_token_id]])
     stock = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     assert together == alone
@@ -196,9 +197,9 @@ def test_an_encoder_counts_its_places_from_the_first(tokenizer):
     sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "init_std": 0.5}
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
     config = BartConfig(vocab_size=768, decoder_attention_heads=4, forced_eos_token_id=None, **sizes, **ids)
-    bart, settings = BartForConditionalGeneration(config).eval(), {"max_new_tokens": 6, "processes": ALONE}
-    together = generate(bart, tokenizer, list(TEXTS), batch_size=3, **settings)
-    assert together == [generate(bart, tokenizer, [text], batch_size=1, **settings)[0] for text in TEXTS]
+    subject = Subject(BartForConditionalGeneration(config).eval(), tokenizer, ALONE)
+    together = generate(subject, TEXTS, Decoding(6), Request())
+    assert together == [generate(subject, [text], Decoding(6), Request())[0] for text in TEXTS]
 
 
 @pytest.mark.parametrize(

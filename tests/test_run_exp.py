@@ -129,7 +129,7 @@ def test_a_finished_run_that_lost_its_adapter_says_so(cli, tmp_path):
 def test_a_new_output_that_fails_is_made_by_the_next_start(cli, tmp_path, monkeypatch):
     cli(*SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr("run_exp.evaluate_gsm8k", lambda *_: 1 / 0)
+        patch.setattr("run_exp.grade", lambda *_: 1 / 0)
         assert cli(*SHORT, "eval.limit=8").returncode == 1
     folder = only_run(tmp_path)
     assert (record_of(folder)["status"], record_of(folder)["metrics"]["test"]["n"]) == ("finished", 16)

@@ -3,15 +3,14 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_one.config import DatasetConfig
-from lora_one.data.specs import SPECS, DatasetSpec, Example, HubSource, Row
+from lora_one.data.rows import file_rows, hub_rows
+from lora_one.data.specs import SPECS, DatasetSpec, Example
 from lora_one.errors import UserError, nearest
-from lora_one.hub import offline_hint
 
 # One seed for every run: methods and seeds are compared on the same validation rows.
 _SPLIT_SEED = 20240707
@@ -85,6 +84,19 @@ def load_splits(config: DatasetConfig, count_tokens: Callable[[list[str]], list[
     )
 
 
+def held_out_examples(name: str, file: Path | None, limit: int | None = None) -> list[Example]:
+    """The test split of a dataset alone, from a local file or from the Hub.
+
+    Raises:
+        UserError: As ``load_splits``; or if the dataset has no test split.
+    """
+    config = DatasetConfig(name=name, test_file=None if file is None else str(file))
+    examples = _split(config, dataset_spec(name), "test", limit)
+    if not examples:
+        raise UserError(f"dataset {name}: has no test split")
+    return examples
+
+
 def _outside(examples: list[Example], others: list[Example]) -> list[Example]:
     groups = {example.group for example in others}
     return [example for example in examples if example.group not in groups]
@@ -96,7 +108,7 @@ def _split(config: DatasetConfig, spec: DatasetSpec, split: str, size: int | Non
     examples: list[Example] = []
     if file is not None:
         origin = f"dataset.{split}_file={file}"
-        rows = _read_file(Path(file), reader)
+        rows = file_rows(Path(file), reader.columns, reader.optional_columns)
     elif config.train_file is not None:
         return []  # a local training file is never mixed with splits from elsewhere
     elif spec.generate is not None and spec.generated_rows is not None:
@@ -108,7 +120,9 @@ def _split(config: DatasetConfig, spec: DatasetSpec, split: str, size: int | Non
         rows = iter(spec.generate(split, size or spec.generated_rows[split]))
     elif split in spec.sources:
         origin = spec.sources[split].path
-        rows = _read_hub(spec.sources[split], reader)
+        rows = hub_rows(
+            spec.sources[split], reader.columns, reader.optional_columns, f"give dataset.{split}_file=…"
+        )
     else:
         return []
     for row in rows:
@@ -144,79 +158,6 @@ def _within_limit(
             else:
                 n_too_long += 1
     return kept, n_too_long
-
-
-def _read_file(path: Path, spec: DatasetSpec) -> Iterator[Row]:
-    try:
-        is_folder = path.is_dir()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the path of a .jsonl or .json file") from None
-    if is_folder:
-        raise UserError(f"{path}: is a folder; give the path of a .jsonl or .json file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file; give the path of a .jsonl or .json file")
-    if path.suffix not in {".jsonl", ".json"}:
-        raise UserError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; give .jsonl or .json")
-    rows = _json_lines(path) if path.suffix == ".jsonl" else _json_array(path)
-    for place, row in rows:
-        yield _read_row(row, spec, f"{path}, {place}")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8", errors="strict") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove it"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from None
-
-
-def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); mend it") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: holds a {type(rows).__name__}; give a list of rows, or a .jsonl file")
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
-
-
-def _read_hub(source: HubSource, spec: DatasetSpec) -> Iterator[Row]:
-    import datasets  # slow to import, and not needed for generated or local data
-
-    name = source.path if source.config is None else f"{source.path} ({source.config})"
-    try:
-        rows = datasets.load_dataset(source.path, source.config, split=source.split)
-    except Exception as error:
-        raise UserError(f"dataset {name}: {offline_hint(error)}; or give dataset.train_file=…") from error
-    for number, row in enumerate(rows, start=1):
-        yield _read_row(row, spec, f"{name}, row {number}")
-
-
-def _read_row(row: Any, spec: DatasetSpec, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{place}: is a {type(row).__name__}; expected an object with {', '.join(spec.columns)}"
-        )
-    missing = [column for column in spec.columns if row.get(column) is None]
-    if missing and missing[0] in row:
-        raise UserError(f"{place}: column {missing[0]!r} is null; fill it in, or remove the row")
-    if missing:
-        raise UserError(f"{place}: no column {missing[0]!r}; it has: {', '.join(map(str, row))}")
-    optional = [column for column in spec.optional_columns if row.get(column) is not None]
-    return {column: _text(row[column]) for column in (*spec.columns, *optional)}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _fingerprint(*splits: list[Example]) -> str:

@@ -6,9 +6,9 @@ A new dataset is an entry of ``SPECS`` and a file of the same name in ``conf/dat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_one.data.rows import HubSource, Row
 from lora_one.data.tiny import problems
 
-Row = dict[str, str]
 MATH_PROMPT = "Q: {}\nA: "
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. "
@@ -29,15 +29,6 @@ class Example:
     target: str
     answer: str
     group: str
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A split of a Hub dataset."""
-
-    path: str
-    split: str
-    config: str | None = None
 
 
 @dataclass(frozen=True)
