@@ -14,7 +14,6 @@ after them how a launch begins and ends.
 import gc
 import logging
 import os
-import shutil
 import sys
 import traceback
 import warnings
@@ -175,7 +174,6 @@ def keep_result(name: str, result: EvalResult, config: ExperimentConfig, run: Ru
     run.record.config["eval"] = config.eval.model_dump()
     if run.processes.is_main:
         write_text(run.folder / f"{name}.jsonl", result.samples_jsonl())
-        shutil.rmtree(run.folder / "answers" / name, ignore_errors=True)
     run.processes.say(f"{name}: {result}")
 
 

@@ -235,7 +235,10 @@ class OptimizerConfig(Section):
 
 
 class EvalConfig(Section):
-    """What is tested after training: the dataset's own test split, and benchmarks."""
+    """What is tested after training: the dataset's own test split, and benchmarks.
+
+    Lengths and temperatures are those of the test split; each benchmark has its own, as published.
+    """
 
     task: Literal["gsm8k"] | None = Field(
         None, description="how answers to the dataset's test split are graded"

@@ -29,6 +29,7 @@ def describe_plan(config: ExperimentConfig, world_size: int) -> str:
         ("model", f"{config.model.name} ({model_source(config.model.name)})"),
         *_parameters(config),
         *_data(config, world_size),
+        *([("benchmarks", ", ".join(config.eval.tasks))] if config.eval.tasks else []),
         ("written", _outputs(config)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -167,6 +168,7 @@ def _outputs(config: ExperimentConfig) -> str:
     outputs = ["config.yaml", "record.json", "metrics.jsonl", "plot.png"]
     if config.eval.task:
         outputs += ["test_before.jsonl"] * config.eval.before_training + ["test.jsonl"]
+    outputs += [f"{name}.jsonl" for name in config.eval.tasks]
     if config.peft.use_peft and not config.init.is_plain_lora:
         outputs.append("init.safetensors")
     if config.wandb.mode != "disabled":

@@ -56,5 +56,5 @@ def _title(record: RunRecord) -> str:
     if test:
         before = record.metrics.get("test_before")
         path = f"{before['value']:.1%} → " if before else ""
-        title += f"\ntest exact match {path}{test['value']:.1%} (n = {test['n']})"
+        title += f"\ntest {test['metric'].replace('_', ' ')} {path}{test['value']:.1%} (n = {test['n']})"
     return title

@@ -103,7 +103,8 @@ class Run:
             if error is None:
                 if not self.is_finished:
                     finish(self.record, self.folder)
-                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # its purpose is served
+                for served in ("checkpoints", "answers"):  # only a run under way needs them
+                    shutil.rmtree(self.folder / served, ignore_errors=True)
             elif self._created and isinstance(error, UserError) and not self.has_progress():
                 shutil.rmtree(self.folder, ignore_errors=True)
             elif self.record.status != "finished":  # a signal may come while the finished run is closed
@@ -128,9 +129,8 @@ class Run:
         """What came of a run, in a few aligned lines."""
         record = self.record
         rows = [("validation loss", f"{record.metrics['validation_loss']:.4f}")]
-        for name in ("test_before", "test"):
-            if name in record.metrics:
-                figures = record.metrics[name]
+        for name, figures in record.metrics.items():
+            if isinstance(figures, dict):
                 share, error = f"{figures['value']:.1%}", f"{figures['standard_error']:.1%}"
                 rows.append((f"{name} {figures['metric']}", f"{share} ± {error} (n = {figures['n']})"))
         seconds = sum(stage["seconds"] for stage in record.stages.values())

@@ -1,0 +1,120 @@
+"""``eval.tasks`` of ``run_exp.py``, and the programs of ``eval/`` on what it leaves."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import EMBEDDED, ROOT, only_run, run_program
+
+from lora_one.data.tiny import problems
+
+N = 6
+SHORT = ("debug=short", "eval.before_training=false", "eval.max_new_tokens=16")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The embedded model's own kind of problems, in GSM8K's columns."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in problems("test", N)))
+    return path
+
+
+def record_of(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_a_benchmark_runs_on_the_adapter_just_trained(cli, tmp_path, questions):
+    done = cli(*SHORT, "eval.tasks=[gsm8k]", f"eval.data.gsm8k={questions}")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path / "results")
+    assert record_of(folder)["metrics"]["gsm8k"]["n"] == N
+    rows = [json.loads(line) for line in (folder / "gsm8k.jsonl").open()]
+    # The test split is generated from the same problems; it was cut at 16 tokens, a benchmark has its own limit.
+    tested = {row["prompt"]: row["generated"] for row in map(json.loads, (folder / "test.jsonl").open())}
+    assert all(row["generated"].startswith(tested[row["prompt"]]) for row in rows)
+    assert "gsm8k exact_match" in done.stdout
+    assert not (folder / "answers").exists()
+    assert not (folder / "merged").exists()
+
+
+def test_a_finished_run_makes_only_the_benchmark_that_it_lacks(cli, tmp_path, questions):
+    cli(*SHORT)
+    folder = only_run(tmp_path / "results")
+    before = record_of(folder)
+    done = cli(*SHORT, "eval.tasks=[gsm8k]", f"eval.data.gsm8k={questions}")
+    assert done.returncode == 0, done.stderr
+    after = record_of(folder)
+    assert after["metrics"]["gsm8k"]["n"] == N
+    assert after["metrics"]["test"] == before["metrics"]["test"]
+    assert after["training"] == before["training"]
+    again = cli(*SHORT, "eval.tasks=[gsm8k]", f"eval.data.gsm8k={questions}")
+    assert "nothing to do" in again.stdout
+    shorter = cli(*SHORT, "eval.tasks=[gsm8k]", f"eval.data.gsm8k={questions}", "eval.limit=2")
+    assert shorter.returncode == 0, shorter.stderr
+    assert record_of(folder)["metrics"]["gsm8k"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("eval.tasks=[gsm8]", "no such benchmark: 'gsm8' (did you mean 'gsm8k'?)"),
+        ("eval.data.gsm8=x", "no such benchmark: 'gsm8' (did you mean 'gsm8k'?)"),
+        ("eval.data.gsm8k=nowhere.jsonl", "eval.data.gsm8k=nowhere.jsonl: no such file or folder"),
+        ("eval.temperature=-1", "eval.temperature=-1"),
+    ],
+)
+def test_a_mistyped_benchmark_is_refused_before_anything_is_loaded(cli, setting, words):
+    done = cli(*SHORT, setting)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "[data]" not in done.stdout
+
+
+def test_the_program_says_what_the_run_said(cli, tmp_path, questions):
+    """Base and adapter, from inside eval/; and the merged folder, from the root."""
+    cli(*SHORT, "eval.tasks=[gsm8k]", f"eval.data.gsm8k={questions}", "model.saving=true")
+    folder = only_run(tmp_path / "results")
+    flags = [f"--data={questions}", f"--output_dir={tmp_path}/eval"]
+    apart = [f"--model_name={EMBEDDED}", f"--adapter={folder}/adapter"]
+    generated = [json.loads(line)["generated"] for line in (folder / "gsm8k.jsonl").open()]
+    for name, model in (("tiny_llama+adapter", apart), ("merged", [f"--model_name={folder}/merged"])):
+        done = run_program(sys.executable, "eval/eval_gsm8k.py", *model, *flags)
+        assert done.returncode == 0, done.stderr
+        assert "exact_match" in done.stdout
+        place = tmp_path / "eval" / name / "gsm8k"
+        rows = [json.loads(line) for line in (place / "samples.jsonl").open()]
+        assert [row["generated"] for row in rows] == generated
+        assert json.loads((place / "result.json").read_text())["n"] == N
+
+
+def test_an_adapter_for_another_model_is_refused(cli, tmp_path, questions):
+    cli(*SHORT)
+    folder = only_run(tmp_path / "results")
+    other = tmp_path / "other"
+    shutil.copytree(EMBEDDED, other)
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
+    flags = (f"--model_name={other}", f"--adapter={folder}/adapter", f"--data={questions}")
+    done = run_program(sys.executable, str(ROOT / "eval/eval_gsm8k.py"), *flags)
+    assert done.returncode == 2
+    assert f"{folder}/adapter: was made for another base model than {other}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model_name=nowhere/at/all/x", "--limit=1"], "nowhere/at/all/x: "),
+        ([f"--model_name={EMBEDDED}", "--adapter=/nowhere"], "--adapter=/nowhere: "),
+        ([f"--model_name={EMBEDDED}", "--data=/nowhere.jsonl"], "/nowhere.jsonl: no such data file"),
+        ([f"--model_name={EMBEDDED}", "--limit=0"], "must be at least 1"),
+        ([f"--model_name={EMBEDDED}", "--limits=3"], "--limits"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, flags, words):
+    done = run_program(sys.executable, "eval/eval_gsm8k.py", *flags, f"--output_dir={tmp_path}")
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
