@@ -31,7 +31,7 @@ def test_a_benchmark_runs_on_the_adapter_just_trained(cli, tmp_path, questions):
     folder = only_run(tmp_path / "results")
     assert record_of(folder)["metrics"]["gsm8k"]["n"] == N
     rows = [json.loads(line) for line in (folder / "gsm8k.jsonl").open()]
-    # The test split is generated from the same problems; it was cut at 16 tokens, a benchmark has its own limit.
+    # The test split has the same problems, cut at 16 tokens; a benchmark has its own limit.
     tested = {row["prompt"]: row["generated"] for row in map(json.loads, (folder / "test.jsonl").open())}
     assert all(row["generated"].startswith(tested[row["prompt"]]) for row in rows)
     assert "gsm8k exact_match" in done.stdout
