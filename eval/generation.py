@@ -1,6 +1,7 @@
 """One engine behind every benchmark that reads what a model writes."""
 
 import dataclasses
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -105,14 +106,12 @@ def encode_prompts(subject: Subject, prompts: Sequence[str], decoding: Decoding)
     as_read = encoder_input if config.is_encoder_decoder else without_end
     first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     context = _context(config)
-    limit = None
-    if context is not None:
-        own = 0 if config.is_encoder_decoder else decoding.max_new_tokens
-        limit = max(context - own, context // 2)
+    own = 0 if config.is_encoder_decoder else decoding.max_new_tokens
+    limit = max(context - own, context // 2)
     encoded = []
     for index, row in enumerate(tokenizer(list(prompts))["input_ids"]):
         ids = as_read(row, tokenizer) or [next(token for token in first if token is not None)]
-        is_cut = limit is not None and len(ids) > limit
+        is_cut = len(ids) > limit
         if is_cut:
             begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
             ids = begin + ids[len(ids) - limit + len(begin) :]
@@ -120,14 +119,16 @@ def encode_prompts(subject: Subject, prompts: Sequence[str], decoding: Decoding)
     return encoded
 
 
-def _context(config: Any) -> int | None:
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _context(config: Any) -> int:
+    """Tokens that the model was made for; no end of them where its config does not say."""
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return sys.maxsize if found is None else int(found)
 
 
 def _within_context(model: Any, decoding: Decoding) -> Decoding:
     """Learned positions end with the context: at most half of it is generated there."""
     context = _context(model.config)
-    if context is None or not _has_learned_positions(model, context):
+    if not _has_learned_positions(model, context):
         return decoding
     room = context - 1 if model.config.is_encoder_decoder else context - context // 2
     return dataclasses.replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
@@ -178,7 +179,7 @@ def _shown(
     with progress_bar(shown=processes.is_main, total=n_mine, desc=request.description, unit="prompt") as bar:
         for prompt, ids, is_greedy in chosen:
             kept, has_ended = until_end(ids, ends, decoding.max_new_tokens)
-            text = tokenizer.decode(kept, skip_special_tokens=True)
+            text = str(tokenizer.decode(kept, skip_special_tokens=True))
             text, is_stopped = before_stop(text, decoding.stop)
             notes = [CUT] * prompt.is_cut + [GREEDY_BEAMS] * is_greedy
             notes += [UNFINISHED] * (not (has_ended or is_stopped))

@@ -97,7 +97,7 @@ class RowLayer(DynamicLayer):
             for columns, states in zip(self.columns, (key_states, value_states), strict=True):
                 columns.append(states)
         self.show()
-        return self.keys, self.values
+        return self.columns[0].whole, self.columns[1].whole
 
     def show(self) -> None:
         """Sets what transformers reads."""
@@ -109,7 +109,8 @@ class RowCache(Cache):
     """The key/value cache of a batch, in the layout of ``Columns``."""
 
     def __init__(self, n_layers: int) -> None:
-        super().__init__(layers=[RowLayer() for _ in range(n_layers)])
+        self._rows = [RowLayer() for _ in range(n_layers)]
+        super().__init__(layers=list(self._rows))
 
     def crop_left(self, width: int) -> None:
         """As ``Columns.crop``."""
@@ -135,10 +136,10 @@ class RowCache(Cache):
         return sum(columns.whole.nbytes for columns in self._all())
 
     def _all(self) -> list[Columns]:
-        return [columns for layer in self.layers for columns in layer.columns or ()]
+        return [columns for layer in self._rows for columns in layer.columns or ()]
 
     def _show(self) -> None:
-        for layer in self.layers:
+        for layer in self._rows:
             layer.show()
 
 

@@ -17,6 +17,8 @@ from lora_one.errors import UserError
 _TOGETHER = 512  # prompts between two times that answers are kept
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
+_ONLY_GENERATES = "--backend vllm: only generates, and this benchmark needs more; leave --backend out"
+
 
 class VllmModel:
     """A model in vLLM, in the place of a torch module.
@@ -90,10 +92,14 @@ class VllmModel:
             stop=list(decoding.stop),
         )
 
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises UserError: there are no logits."""
+        raise UserError(_ONLY_GENERATES)
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise UserError("--backend vllm: only generates, and this benchmark needs more; leave --backend out")
+        raise UserError(_ONLY_GENERATES)
 
 
 def _import_vllm() -> Any:
