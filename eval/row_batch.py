@@ -59,7 +59,7 @@ class Decoder:
             **self._last_only,
             **extras,
         )
-        return out.logits[:, -1]
+        return out.logits[:, -1].to(self.device)  # layers may lie on several
 
 
 @dataclass

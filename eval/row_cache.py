@@ -47,7 +47,7 @@ class Columns:
 
     def select(self, rows: Tensor) -> None:
         """Forgets all rows but these."""
-        self._move(self.whole[rows], 0, _RESERVE)
+        self._move(self.whole[rows.to(self._buffer.device)], 0, _RESERVE)
 
     def put(self, rows: Tensor, others: Tensor) -> None:
         """Overwrites the right end of some rows; what is left of it is to be hidden."""
@@ -57,7 +57,8 @@ class Columns:
             if missing > self._begin:
                 self._move(self.whole, missing, _RESERVE)
             self._begin -= missing
-        self._part(self._buffer, self._end - n, self._end).index_copy_(0, rows, others)
+        place = self._part(self._buffer, self._end - n, self._end)
+        place.index_copy_(0, rows.to(place.device), others)
 
     def _move(self, old: Tensor, left: int, right: int) -> None:
         """To a new buffer, with so many free columns on both sides."""
