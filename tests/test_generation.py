@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ALONE, EMBEDDED, on_two_processes, save_small_t5
+from conftest import ALONE, EMBEDDED, load_script, on_two_processes, save_small_t5
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -393,6 +393,18 @@ def test_two_processes_share_the_prompts(trained, tokenizer, tmp_path):
     decodings = {"greedy": Decoding(20), "sampled": SAMPLED, "beams": Decoding(6, num_beams=2)}
     expected = {name: generate(subject, PROMPTS, kind, Request()) for name, kind in decodings.items()}
     on_two_processes(_as_one_of_two, str(tmp_path), expected)
+
+
+def test_the_benchmark_compares_the_same_answers(tokenizer, trained, monkeypatch):
+    bench = load_script("bench_eval")
+    monkeypatch.setattr(bench, "NEW_TOKENS", 24)
+    case = bench.Case(Subject(trained, tokenizer, ALONE), PROMPTS[:6], every=3)
+    found = bench.measure(case, bench.METHODS, rounds=1)
+    assert [len(one.by_clock) for one in found.values()] == [1, 1, 1]
+    assert bench.report(found).count("1.00") >= 4  # each method beside itself
+    wrong = dict(bench.METHODS, ours=lambda case: ["no"] * len(case.prompts))
+    with pytest.raises(UserError, match="answers differ"):
+        bench.measure(case, wrong, rounds=1)
 
 
 # ---- vLLM, by a stand-in
