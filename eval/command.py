@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval.results import EvalResult, Figure
 from eval.subject import Request, Subject
+from eval.vllm_backend import VllmModel
 from lora_one.adapters import check_adapter
 from lora_one.config import ModelConfig, WandbConfig
 from lora_one.digests import weights_fingerprint
@@ -52,6 +53,9 @@ def make_parser(
     parser.add_argument("--batch_size", type=positive, help="most rows of a batch")
     parser.add_argument(
         "--max_tokens", type=positive, help="tokens of a batch; default: what suits the device"
+    )
+    parser.add_argument(
+        "--backend", choices=("transformers", "vllm"), default="transformers", help="what generates"
     )
     parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
     parser.add_argument("--output_dir", type=Path, default=Path("results/eval"), help="(results/eval)")
@@ -144,6 +148,9 @@ def load_subject(options: argparse.Namespace, processes: Processes) -> Subject:
         check_adapter(options.adapter, "--adapter")
         _check_same_base(options.adapter, source)
     tokenizer = load_tokenizer(config)
+    if options.backend == "vllm":
+        model = _vllm_model(source, config, options, processes)
+        return Subject(model, tokenizer, processes, options.model_name)
     model = read_weights(config, source, torch.bfloat16 if options.bf16 else torch.float32)
     if options.adapter is not None:
         model = _with_adapter(model, options.adapter)
@@ -155,6 +162,16 @@ def load_subject(options: argparse.Namespace, processes: Processes) -> Subject:
         options.max_tokens,
         options.batch_size,
     )
+
+
+def _vllm_model(
+    source: str, config: ModelConfig, options: argparse.Namespace, processes: Processes
+) -> VllmModel:
+    if config.is_pair:
+        raise UserError(f"--backend vllm: {options.model_name} is an encoder with a decoder; leave it out")
+    if processes.world_size > 1:
+        raise UserError("--backend vllm: is one process; start without accelerate launch")
+    return VllmModel(source, options.adapter, bf16=options.bf16, seed=options.seed)
 
 
 def _check_same_base(adapter: str, source: str) -> None:

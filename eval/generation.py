@@ -1,43 +1,61 @@
-"""Greedy generation in length-sorted, padded batches, shared by all processes."""
+"""One engine behind every benchmark that reads what a model writes."""
 
-from collections.abc import Sequence
+import dataclasses
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import nn
 
+from eval.answers import AnswerStore, digest_of, weights_digest
+from eval.batch_limits import batch_limits
+from eval.continuous import ContinuousBatch
+from eval.decoding import Decoding, before_stop, end_tokens, until_end
+from eval.row_batch import Decoder, Prompt
+from eval.row_cache import n_cache_layers
 from eval.subject import Request, Subject
+from eval.vllm_backend import VllmModel
+from eval.whole_batches import WholeBatches
 from lora_one.data.encoding import encoder_input, without_end
 from lora_one.modes import in_mode
-from lora_one.processes import Processes
 from lora_one.progress import progress_bar
+
+__all__ = ["Decoding", "Generated", "generate", "generate_counted"]
+
+CUT, UNFINISHED, GREEDY_BEAMS = "prompts cut", "answers without an end", "answered by greedy beams"
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How a continuation is chosen.
+class Generated:
+    """Continuations and what is to be known about them.
 
     Attributes:
-        max_new_tokens: Longest continuation.
-        temperature: 0 is greedy; otherwise tokens are sampled from ``softmax(logits / temperature)``.
-        top_p: Sample from the most probable tokens that together have this probability.
-        top_k: Sample from so many most probable tokens; 0: from all.
-        num_beams: Beams of a beam search; with a temperature, of a sampling one.
+        texts: In the order of the prompts.
+        counts: How many prompts were cut to fit the model's context, how many answers came to no end
+            within the tokens allowed, and how many were made by greedy beams where sampled ones failed.
     """
 
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_beams: int = 1
+    texts: list[str]
+    counts: dict[str, int]
 
-    def __str__(self) -> str:
-        beams = f", {self.num_beams} beams" if self.num_beams > 1 else ""
-        if self.temperature == 0:
-            return "greedy" + beams
-        limits = f", top_p {self.top_p:g}" * (self.top_p < 1) + f", top_k {self.top_k}" * (self.top_k > 0)
-        return f"sampled, temperature {self.temperature:g}{limits}{beams}"
+
+@dataclass(frozen=True)
+class _Answer:
+    """One continuation; ``notes`` are keys of ``Generated.counts``."""
+
+    text: str
+    n_tokens: int
+    notes: tuple[str, ...]
+
+    @classmethod
+    def stored(cls, value: dict[str, Any]) -> "_Answer":
+        return cls(value["text"], value["n_tokens"], tuple(value["notes"]))
 
 
 def generate(subject: Subject, prompts: Sequence[str], decoding: Decoding, request: Request) -> list[str]:
@@ -49,55 +67,177 @@ def generate(subject: Subject, prompts: Sequence[str], decoding: Decoding, reque
         decoding: How.
         request: Its seed, and its folder, where answers are kept as they are made.
     """
-    model, tokenizer, processes = subject.model, subject.tokenizer, subject.processes
+    return generate_counted(subject, prompts, decoding, request).texts
+
+
+def generate_counted(
+    subject: Subject, prompts: Sequence[str], decoding: Decoding, request: Request
+) -> Generated:
+    """As ``generate``, with the counts that a result may want to show."""
+    if not prompts:
+        return Generated([], {})
+    encoded = encode_prompts(subject, prompts, decoding)
+    if not isinstance(subject.model, VllmModel):
+        decoding = _within_context(subject.model, decoding)
+    processes = subject.processes
+    with AnswerStore(request.folder, _settings(subject, encoded, decoding, request), processes) as store:
+        known = {index: _Answer.stored(value) for index, value in store.known.items()}
+        made: list[tuple[int, _Answer]] = []
+        with _ready(subject.model):
+            for index, answer in _shown(subject, encoded, known, decoding, request):
+                store.add(index, dataclasses.asdict(answer))
+                made.append((index, answer))
+        answers = known | dict(processes.gather(made))
+    counts = Counter(note for answer in answers.values() for note in answer.notes)
+    for note in (CUT, GREEDY_BEAMS):
+        if counts[note]:
+            processes.say(f"note: {request.description}: {counts[note]:,} of {len(prompts):,} {note}")
+    return Generated([answers[index].text for index in range(len(prompts))], dict(counts))
+
+
+def encode_prompts(subject: Subject, prompts: Sequence[str], decoding: Decoding) -> list[Prompt]:
+    """The prompts as the model reads them, cut on the left where they leave too little of its context.
+
+    What is cut keeps as many tokens as leave room for ``max_new_tokens``, but half the context in any case,
+    and the token that begins every text.
+    """
+    tokenizer, config = subject.tokenizer, subject.model.config
     # A prompt that is to be continued has not ended; one for an encoder has.
-    as_read = encoder_input if model.config.is_encoder_decoder else without_end
-    ids = [as_read(row, tokenizer) for row in tokenizer(list(prompts))["input_ids"]]
-    order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
-    size = subject.batch_size or 32
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = batches[processes.rank :: processes.world_size]
-    settings = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-    )
-    answers: list[tuple[int, str]] = []
-    with (
-        in_mode(model, training=False),
-        torch.inference_mode(),
-        progress_bar(mine, shown=processes.is_main, desc=request.description, unit="batch") as bar,
-    ):
-        for batch in bar:
-            generated = _continue(model, tokenizer, [ids[i] for i in batch], settings, processes)
-            answers += zip(batch, generated, strict=True)
-    texts = dict(processes.gather(answers))
-    return [texts[index] for index in range(len(prompts))]
+    as_read = encoder_input if config.is_encoder_decoder else without_end
+    first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    context = _context(config)
+    own = 0 if config.is_encoder_decoder else decoding.max_new_tokens
+    limit = max(context - own, context // 2)
+    encoded = []
+    for index, row in enumerate(tokenizer(list(prompts))["input_ids"]):
+        ids = as_read(row, tokenizer) or [next(token for token in first if token is not None)]
+        is_cut = len(ids) > limit
+        if is_cut:
+            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            ids = begin + ids[len(ids) - limit + len(begin) :]
+        encoded.append(Prompt(index, ids, is_cut))
+    return encoded
 
 
-def _continue(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[list[int]],
-    settings: GenerationConfig,
-    processes: Processes,
-) -> list[str]:
-    length = max(len(row) for row in rows)
-    is_pair = model.config.is_encoder_decoder
-    # A decoder's new tokens follow the prompt's last; an encoder counts places from the first.
-    input_ids = _padded(rows, tokenizer.pad_token_id, length, left=not is_pair)
-    attention = _padded([[1] * len(row) for row in rows], 0, length, left=not is_pair)
-    output = model.generate(
-        input_ids=input_ids.to(processes.device),
-        attention_mask=attention.to(processes.device),
-        generation_config=settings,
-    )
-    return tokenizer.batch_decode(output if is_pair else output[:, length:], skip_special_tokens=True)
+def _context(config: Any) -> int:
+    """Tokens that the model was made for; no end of them where its config does not say."""
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return sys.maxsize if found is None else int(found)
 
 
-def _padded(rows: list[list[int]], value: int, length: int, *, left: bool) -> torch.Tensor:
-    filled = [[value] * (length - len(row)) for row in rows]
-    return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, filled, strict=True)])
+def _within_context(model: Any, decoding: Decoding) -> Decoding:
+    """Learned positions end with the context: at most half of it is generated there."""
+    context = _context(model.config)
+    if not _has_learned_positions(model, context):
+        return decoding
+    room = context - 1 if model.config.is_encoder_decoder else context - context // 2
+    return dataclasses.replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
+
+
+def _has_learned_positions(model: Any, context: int) -> bool:
+    """Whether a table has a row for every place; some have a few more."""
+    tokens = model.get_input_embeddings()
+    return any(
+        isinstance(module, nn.Embedding)
+        and module is not tokens
+        and context <= module.num_embeddings <= context + 8
+        for module in model.modules()
+    ) or any(hasattr(module, "embed_positions") for module in model.modules())
+
+
+def _settings(
+    subject: Subject, prompts: Sequence[Prompt], decoding: Decoding, request: Request
+) -> dict[str, Any]:
+    """All that the answers depend on."""
+    if request.folder is None:
+        return {}
+    model = subject.model
+    settings = {
+        "model": subject.name,
+        "weights": model.fingerprint if isinstance(model, VllmModel) else weights_digest(model),
+        "prompts": digest_of([prompt.ids for prompt in prompts]),
+        "decoding": dataclasses.asdict(decoding),
+        "seed": request.seed,
+    }
+    if decoding.is_sampled and decoding.num_beams > 1:
+        settings |= {"max_tokens": subject.max_tokens, "batch_size": subject.batch_size}
+    return settings
+
+
+def _shown(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    known: dict[int, _Answer],
+    decoding: Decoding,
+    request: Request,
+) -> Iterator[tuple[int, _Answer]]:
+    """This process's answers that are not known, with a progress bar of the main one's."""
+    model, tokenizer, processes = subject.model, subject.tokenizer, subject.processes
+    ends = [tokenizer.eos_token_id] if isinstance(model, VllmModel) else end_tokens(model, tokenizer)
+    n_mine, chosen = _chosen_tokens(subject, prompts, known, decoding, request.seed, ends)
+    n_tokens, begin = 0, time.perf_counter()
+    with progress_bar(shown=processes.is_main, total=n_mine, desc=request.description, unit="prompt") as bar:
+        for prompt, ids, is_greedy in chosen:
+            kept, has_ended = until_end(ids, ends, decoding.max_new_tokens)
+            text = str(tokenizer.decode(kept, skip_special_tokens=True))
+            text, is_stopped = before_stop(text, decoding.stop)
+            notes = [CUT] * prompt.is_cut + [GREEDY_BEAMS] * is_greedy
+            notes += [UNFINISHED] * (not (has_ended or is_stopped))
+            n_tokens += len(kept)
+            bar.set_postfix({"tokens/s": f"{n_tokens / (time.perf_counter() - begin):,.0f}"}, refresh=False)
+            bar.update()
+            yield prompt.index, _Answer(text, len(kept), tuple(notes))
+
+
+def _chosen_tokens(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    known: dict[int, _Answer],
+    decoding: Decoding,
+    seed: int,
+    ends: Sequence[int],
+) -> tuple[int, Iterator[tuple[Prompt, list[int], bool]]]:
+    """How many prompts are this process's, and each with its tokens and whether beams had to be greedy."""
+    model, processes = subject.model, subject.processes
+    unknown = [prompt for prompt in prompts if prompt.index not in known]
+    # Prompts of like length are dealt out in turn: their work is alike, as far as anyone can know.
+    mine = sorted(unknown, key=lambda prompt: -len(prompt.ids))[processes.rank :: processes.world_size]
+    if isinstance(model, VllmModel):
+        return len(mine), ((prompt, ids, False) for prompt, ids in model.answer(mine, decoding, seed))
+    inner = _without_wrapper(model)
+    n_layers = None if model.config.is_encoder_decoder or inner is None else n_cache_layers(inner)
+    if n_layers is not None and decoding.num_beams == 1:
+        decoder = Decoder(inner, n_layers, decoding, seed, processes.device)
+        return len(mine), _continuous(decoder, subject, mine, ends)
+    whole = WholeBatches(model, subject.tokenizer, decoding, seed, ends, processes.device)
+    padded = model.config.is_encoder_decoder or n_layers is not None
+    batches = whole.split(prompts, subject.max_tokens, subject.batch_size, padded=padded)
+    # A batch is answered as a whole, or not at all: sampled beams depend on their neighbours.
+    waiting = [batch for batch in batches if any(prompt.index not in known for prompt in batch)]
+    share = waiting[processes.rank :: processes.world_size]
+    return sum(map(len, share)), (answer for batch in share for answer in whole.answer(batch))
+
+
+def _continuous(
+    decoder: Decoder, subject: Subject, prompts: Sequence[Prompt], ends: Sequence[int]
+) -> Iterator[tuple[Prompt, list[int], bool]]:
+    limits = batch_limits(decoder, subject.max_tokens, subject.batch_size)
+    for prompt, ids in ContinuousBatch(decoder, subject.tokenizer, ends, prompts, limits):
+        yield prompt, ids, False
+
+
+@contextmanager
+def _ready(model: Any) -> Iterator[None]:
+    """Inside, a torch model computes without dropout and without gradients."""
+    if isinstance(model, VllmModel):
+        yield
+        return
+    with in_mode(model, training=False), torch.inference_mode():
+        yield
+
+
+def _without_wrapper(model: Any) -> Any:
+    """The model whose layers hold the adapter; None where the adapter is no part of its layers."""
+    if not isinstance(model, PeftModel):
+        return model
+    return None if model.active_peft_config.is_prompt_learning else model.get_base_model()

@@ -1,0 +1,37 @@
+"""How many tokens a batch may hold, where nobody has said so."""
+
+import psutil
+import torch
+
+from eval.continuous import Limits
+from eval.row_batch import Decoder, Prompt, RowBatch
+
+# Measured with scripts/bench_eval.py: more rows are no faster on a CPU, fewer are slower.
+_CPU_ROWS = 128
+_MOST_ROWS = 512
+_MOST_TOKENS = 1_048_576
+_SHARE_OF_FREE_MEMORY = 0.6  # the rest is for activations, logits, and copies of single layers
+_PROBED = [0] * 8
+
+
+def batch_limits(decoder: Decoder, max_tokens: int | None, batch_size: int | None) -> Limits:
+    """What was asked for, or else what suits the device.
+
+    Without ``max_tokens`` the cache may take six tenths of the memory that is free, which is asked of
+    the device, divided by what the cache of a token takes, which is measured. ``batch_size`` is a
+    further limit; without it there are at most 128 rows on a CPU and 512 on a GPU.
+    """
+    is_cpu = decoder.device.type == "cpu"
+    rows = batch_size or (_CPU_ROWS if is_cpu else _MOST_ROWS)
+    if max_tokens is not None:
+        return Limits(max_tokens, rows)
+    probe = RowBatch(decoder, [Prompt(0, _PROBED)])
+    fits = int(_SHARE_OF_FREE_MEMORY * _free_bytes(decoder.device) / probe.bytes_per_token())
+    return Limits(min(fits, _MOST_TOKENS), rows)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
