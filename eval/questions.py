@@ -80,7 +80,8 @@ def _pairs(subject: Subject, prompts: Sequence[str], choices: Sequence[str]) -> 
 
 def _splits(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], choice: str) -> list[_Split]:
     n_spaces = len(choice) - len(choice.lstrip())
-    rows = tokenizer([prompt + choice for prompt in prompts])
+    texts = [prompt + choice for prompt in prompts]
+    rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)
     splits: list[_Split] = []
     for index, prompt in enumerate(prompts):
         place = rows.char_to_token(index, len(prompt) + n_spaces)
