@@ -8,6 +8,8 @@ from pathlib import Path
 
 from eval.generation import Decoding
 from eval.gsm8k import grade_numbers, gsm8k
+from eval.labels import grade_labels
+from eval.mmlu import mmlu
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
@@ -18,11 +20,13 @@ Grader = Callable[[Subject, Sequence[Example], Request, Decoding], EvalResult]
 
 TASKS: dict[str, Task] = {
     "gsm8k": gsm8k,
+    "mmlu": mmlu,
 }
 
 # ``eval.task``: how answers to a dataset's own test split are graded.
 GRADERS: dict[str, Grader] = {
     "gsm8k": grade_numbers,
+    "label": grade_labels,
 }
 
 
