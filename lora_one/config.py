@@ -237,7 +237,7 @@ class OptimizerConfig(Section):
 class EvalConfig(Section):
     """What is tested after training: the dataset's own test split, and benchmarks."""
 
-    task: Literal["gsm8k"] | None = Field(
+    task: Literal["gsm8k", "commonsense"] | None = Field(
         None, description="how answers to the dataset's test split are graded"
     )
     tasks: list[str] = Field([], description="benchmarks by name; eval/tasks.py has the table")
