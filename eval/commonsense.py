@@ -31,6 +31,8 @@ _ENDINGS = ("ending1", "ending2", "ending3", "ending4")
 _OPTIONS = ("option1", "option2")
 _FAMILIES = (_TRUTH, _SOLUTIONS, _ANSWERS, _ENDINGS, _OPTIONS)
 
+_SOURCE = "the folder dataset/ of github.com/AGI-Edgerunners/LLM-Adapters"
+
 SETS: dict[str, tuple[str, ...]] = {
     "boolq": _TRUTH,
     "piqa": _SOLUTIONS,
@@ -106,10 +108,9 @@ def read_sets(name: str, data: Path | None, limit: int | None = None) -> dict[st
         UserError: Without ``data``, and as ``read_set``.
     """
     if data is None:
-        raise UserError(
-            f"{name}: not on the Hub; give --data (in a run eval.data.{name}) the folder dataset/ of "
-            "github.com/AGI-Edgerunners/LLM-Adapters"
-        )
+        raise UserError(f"{name}: not on the Hub; give --data (in a run eval.data.{name}) {_SOURCE}")
+    if not data.exists():
+        raise UserError(f"{data}: no such file or folder; give {_SOURCE}")
     if name != ALL:
         return {name: read_set(name, data, limit)}
     if data.is_file():

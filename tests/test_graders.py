@@ -239,7 +239,9 @@ def test_a_result_names_its_graders(tokenizer, monkeypatch):
     assert result.counts == {"without an answer": 2}
     rows = [json.loads(line) for line in result.samples_jsonl().splitlines()]
     assert [row["paper"] for row in rows] == [True, True, True, False]
-    assert [row["normalised"] for row in rows] == [row["right"] for row in rows] == [False, False, True, False]
+    assert (
+        [row["normalised"] for row in rows] == [row["right"] for row in rows] == [False, False, True, False]
+    )
     assert [row["answer"] for row in rows] == ["1", None, "4", None]
     assert [row["reference"] for row in rows] == ["1600", "-10", "4", "5"]
 
@@ -258,7 +260,11 @@ def test_problems_are_read_with_another_prompt_and_a_limit(tmp_path):
 @pytest.mark.parametrize(
     ("text", "prompt", "words"),
     [
-        ('{"question": "a", "answer": "#### 1"}\n{"question": "b"}', "{question}", "line 2: no column 'answer'"),
+        (
+            '{"question": "a", "answer": "#### 1"}\n{"question": "b"}',
+            "{question}",
+            "line 2: no column 'answer'",
+        ),
         (
             '{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "some"}',
             "{question}",
