@@ -29,8 +29,8 @@ _NUMBER = re.compile(
     (?:(?P<first>^\s*-\s*) | (?P<sign>(?<![\w)\]])-) | \b(?P<word>minus|negative)\s+)?
     (?:(?:{_CURRENCY}){{1,3}}(?P<inner>-\s*)? | (?<![A-Za-z_\d.]))
     (?P<body>\.?\d+(?:(?:[.,:]|\s*/\s*)\d+)*)
-    (?:\s+(?:and\s+)?(?P<part>\d+\s*/\s*\d+)(?![\d/.,]))?
-    (?: [eE](?P<e>[+-]?\d{{1,2}})(?![\w.])
+    (?:\s+(?:and\s+)?(?P<part>\d+\s*/\s*\d+)(?![\d/]|[.,]\d))?
+    (?: [eE](?P<e>[+-]?\d{{1,2}})(?!\w|\.\d)
       | \s*[x×*]\s*10\s*\^\s*(?P<ten>-?\d{{1,2}})(?!\d)
       | \s*\^\s*(?P<power>-?\d{{1,2}})(?!\d) )?
     (?:\s*-?(?P<scale>hundred|thousand|million|billion|trillion)\b | (?P<k>k)(?![A-Za-z\d]))?
@@ -114,22 +114,19 @@ def _tidy(text: str) -> str:
 
 
 def _stated(statement: str, must_begin: bool = False) -> Fraction | None:
-    """The number of a statement; of an equation, of its last side.
+    """The number of a statement; of an equation, of its last side that is one.
 
     ``must_begin``: only signs may stand before it, so that a heading (``#### Step 1``) is no answer.
     """
     statement = re.sub(r"\([^()]*=[^()]*\)", " ", statement)  # an aside
-    left, equals, right = statement.rpartition("=")
-    if equals and _NUMBER.search(right):
-        statement, must_begin = right, False
-    elif equals:
-        statement = left
-    match = _NUMBER.search(statement)
-    if match is None or _GOES_ON.match(statement, match.end()):
-        return None
-    if must_begin and re.search(r"[^\W\d_]", statement[: match.start()]):
-        return None
-    return _value(match)
+    *others, last = statement.split("=")
+    for side in (last, *reversed(others)):
+        match = _NUMBER.search(side)
+        if match is None or _GOES_ON.match(side, match.end()):
+            continue
+        is_heading = side is statement and re.search(r"[^\W\d_]", side[: match.start()])
+        return None if must_begin and is_heading else _value(match)
+    return None
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
