@@ -269,3 +269,11 @@ def test_a_run_grades_its_own_test_file(cli, tmp_path):
         "accuracy",
         3,
     )
+
+
+@pytest.mark.parametrize(("test_file", "is_written"), [(None, False), ("test.json", True)])
+def test_the_plan_knows_whether_there_is_a_test_split(cli, tmp_path, test_file, is_written):
+    given = () if test_file is None else (f"dataset.test_file={tmp_path}/{test_file}",)
+    done = cli("dataset=commonsense_reasoning", "dry_run=true", *given)
+    assert done.returncode == 0, done.stderr
+    assert ("test.jsonl" in done.stdout) == is_written
