@@ -39,7 +39,7 @@ _NUMBER = re.compile(
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # What follows a number that is a piece of an expression, a range or an unread power.
-_GOES_ON = re.compile(rf"\s*(?:\^|[-+×÷*]\s*(?:{_CURRENCY})?\d|x\s+\d)")
+_GOES_ON = re.compile(rf"\s*(?:\^|(?:[-+×÷*]|\*\*)\s*(?:{_CURRENCY})?\d|x\s+\d)")
 
 # Typography and LaTeX to plain text, in this order.
 _TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -51,7 +51,7 @@ _TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\[,;: ()\[\]]|[\u00a0\u2009\u202f~]", " "),
         (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"),
         (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2 "),
-        (r"\\left|\\right|\*\*|__|`", ""),
+        (r"\\left|\\right|(?<!\d)\*\*|\*\*(?!\d)|__|`", ""),
         (r"\\(?:times|cdot)", "×"),
         (r"\\([$%])", r"\1"),
         (r"\^\{\s*(-?\d+)\s*\}", r"^\1"),
