@@ -40,6 +40,8 @@ _NUMBER = re.compile(
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # What follows a number that is a piece of an expression, a range or an unread power.
 _GOES_ON = re.compile(rf"\s*(?:\^|(?:[-+×÷*]|\*\*)\s*(?:{_CURRENCY})?\d|x\s+\d)")
+# What follows the first number of an equation; prose that comes to an equation later is none.
+_LEFT_SIDE = re.compile(r"[A-Za-z]{0,2}(?:\s+[A-Za-z]+){0,2}\s*(?:[-+×÷*/^=]|x\s+\d)")
 
 # Typography and LaTeX to plain text, in this order.
 _TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -114,18 +116,22 @@ def _tidy(text: str) -> str:
 
 
 def _stated(statement: str, must_begin: bool = False) -> Fraction | None:
-    """The number of a statement; of an equation, of its last side that is one.
+    """The first number of a statement; of an equation, of its last side that is a number.
 
     ``must_begin``: only signs may stand before it, so that a heading (``#### Step 1``) is no answer.
     """
     statement = re.sub(r"\([^()]*=[^()]*\)", " ", statement)  # an aside
-    *others, last = statement.split("=")
-    for side in (last, *reversed(others)):
+    match = _NUMBER.search(statement)
+    if match is None:
+        return None
+    before = statement[: match.start()].rpartition("=")[2]
+    if must_begin and re.search(r"[^\W\d_]", before):
+        return None
+    is_equation = "=" in statement and _LEFT_SIDE.match(statement, match.end())
+    for side in reversed(statement.split("=")) if is_equation else [statement]:
         match = _NUMBER.search(side)
-        if match is None or _GOES_ON.match(side, match.end()):
-            continue
-        is_heading = side is statement and re.search(r"[^\W\d_]", side[: match.start()])
-        return None if must_begin and is_heading else _value(match)
+        if match is not None and not _GOES_ON.match(side, match.end()):
+            return _value(match)
     return None
 
 
