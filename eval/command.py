@@ -121,7 +121,9 @@ def evaluate_program(
 
 
 def output_folder(options: argparse.Namespace, name: str) -> Path:
-    """``--output_dir``/<model>[+<adapter>]/<name>."""
+    """``--output_dir``/<model>[+<adapter>]/<name>, or, where the program takes one, under its ``--name``."""
+    if getattr(options, "name", None):
+        return options.output_dir / options.name / name
     parts = [
         Path(source).resolve().name if Path(source).exists() else source.replace("/", "--")
         for source in (options.model_name, options.adapter)

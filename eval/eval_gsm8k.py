@@ -7,7 +7,6 @@
 ``--data`` takes the test split as a local file with the columns question and answer.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.command import evaluate_program, make_parser, positive, run_program
 from eval.generation import Decoding
-from eval.gsm8k import gsm8k
+from eval.gsm8k import PROMPT, grade_numbers, read_problems
 
 
 def main(arguments: list[str]) -> None:
@@ -25,9 +24,14 @@ def main(arguments: list[str]) -> None:
     # The published command spells it with three dashes.
     parser.add_argument("--top_p", "---top_p", type=float, default=1.0)
     parser.add_argument("--max_new_tokens", type=positive, default=512)
+    parser.add_argument("--prompt", default=PROMPT, help=f"with {{question}}; default {PROMPT!r}")
     options = parser.parse_args(arguments)
     decoding = Decoding(options.max_new_tokens, options.temperature, options.top_p)
-    evaluate_program(functools.partial(gsm8k, decoding=decoding), "gsm8k", options)
+    # Before any weights: what is wrong with the data is said at once.
+    problems = read_problems(options.data, options.limit, options.prompt)
+    evaluate_program(
+        lambda subject, request: grade_numbers(subject, problems, request, decoding), "gsm8k", options
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 A new benchmark is a module with a function of this type and an entry of ``TASKS``.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from eval.commonsense import ALL, SETS, commonsense, grade_words, read_sets
 from eval.generation import Decoding
 from eval.gsm8k import grade_numbers, gsm8k
 from eval.labels import grade_labels
@@ -21,12 +23,19 @@ Grader = Callable[[Subject, Sequence[Example], Request, Decoding], EvalResult]
 TASKS: dict[str, Task] = {
     "gsm8k": gsm8k,
     "mmlu": mmlu,
+    **{name: functools.partial(commonsense, name=name) for name in (*SETS, ALL)},
+}
+
+# Benchmarks whose data are always local files, and what reads them: faults are found before training.
+LOCAL: dict[str, Callable[[Path | None], object]] = {
+    name: functools.partial(read_sets, name) for name in (*SETS, ALL)
 }
 
 # ``eval.task``: how answers to a dataset's own test split are graded.
 GRADERS: dict[str, Grader] = {
     "gsm8k": grade_numbers,
     "label": grade_labels,
+    "commonsense": grade_words,
 }
 
 
@@ -50,3 +59,6 @@ def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
     for name, path in data.items():
         if not Path(path).exists():
             raise UserError(f"eval.data.{name}={path}: no such file or folder")
+    for name in names:
+        if name in LOCAL:
+            LOCAL[name](Path(data[name]) if name in data else None)

@@ -240,7 +240,7 @@ class EvalConfig(Section):
     Lengths and temperatures are those of the test split; each benchmark has its own, as published.
     """
 
-    task: Literal["gsm8k", "label"] | None = Field(
+    task: Literal["gsm8k", "label", "commonsense"] | None = Field(
         None, description="how answers to the dataset's test split are graded"
     )
     tasks: list[str] = Field([], description="benchmarks by name; eval/tasks.py has the table")

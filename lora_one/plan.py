@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_one.config import ExperimentConfig
+from lora_one.config import DatasetConfig, ExperimentConfig
 from lora_one.data.batches import Limits
 from lora_one.data.loading import dataset_spec, load_splits
 from lora_one.errors import UserError
@@ -166,7 +166,7 @@ def _gradient_sample(config: ExperimentConfig, n_train: int | None) -> str:
 
 def _outputs(config: ExperimentConfig) -> str:
     outputs = ["config.yaml", "record.json", "metrics.jsonl", "plot.png"]
-    if config.eval.task:
+    if config.eval.task and _has_test(config.dataset):
         outputs += ["test_before.jsonl"] * config.eval.before_training + ["test.jsonl"]
     outputs += [f"{name}.jsonl" for name in config.eval.tasks]
     if config.peft.use_peft and not config.init.is_plain_lora:
@@ -178,6 +178,13 @@ def _outputs(config: ExperimentConfig) -> str:
     if config.model.saving or not config.peft.use_peft:
         outputs.append("merged/")
     return ", ".join(outputs)
+
+
+def _has_test(dataset: DatasetConfig) -> bool:
+    spec = dataset_spec(dataset.name)
+    if dataset.test_file is not None or dataset.train_file is not None:
+        return dataset.test_file is not None
+    return spec.generate is not None or "test" in spec.sources
 
 
 def _number(value: Any) -> str:
