@@ -39,7 +39,8 @@ _GENERAL = (
 )
 _CHECKED = (
     "You grade replies of an AI assistant, strictly and without favour. A reference reply is given. Compare "
-    "the two step by step, point out every mistake of the assistant, and grade correctness before anything else. "
+    "the two step by step, point out every mistake of the assistant, and grade correctness before "
+    "anything else. "
 )
 _SECOND = "The conversation has two turns: grade the reply to the second, with the first as context. "
 _ONE = "## Question\n{question}\n\n"

@@ -1,13 +1,16 @@
 """The table of benchmarks: what ``eval.tasks`` of a run and the scripts of this folder know by name.
 
-A new benchmark is a module with a function of this type and an entry of ``TASKS``.
+A new benchmark is a module with a function of this type and an entry of ``TASKS``. ``lm_eval/NAME`` is any
+task of lm-evaluation-harness.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval.generation import Decoding
 from eval.gsm8k import grade_numbers, gsm8k
+from eval.mt_bench import mt_bench
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
@@ -18,7 +21,9 @@ Grader = Callable[[Subject, Sequence[Example], Request, Decoding], EvalResult]
 
 TASKS: dict[str, Task] = {
     "gsm8k": gsm8k,
+    "mt_bench": mt_bench,  # answers only: eval/judge_mt_bench.py grades them
 }
+HARNESS = "lm_eval/"
 
 # ``eval.task``: how answers to a dataset's own test split are graded.
 GRADERS: dict[str, Grader] = {
@@ -32,11 +37,20 @@ def find_task(name: str) -> Task:
     Raises:
         UserError: If there is none, with the nearest name.
     """
+    if name.startswith(HARNESS):
+        return functools.partial(_harness, name=name.removeprefix(HARNESS))
     if name not in TASKS:
         raise UserError(
-            f"no such benchmark: {name!r}{nearest(name, list(TASKS))}; there are {', '.join(TASKS)}"
+            f"no such benchmark: {name!r}{nearest(name, list(TASKS))}; there are {', '.join(TASKS)}, "
+            f"and {HARNESS}NAME for lm-eval's"
         )
     return TASKS[name]
+
+
+def _harness(subject: Subject, request: Request, *, name: str) -> EvalResult:
+    from eval.harness import harness  # takes seconds
+
+    return harness(subject, request, [name])
 
 
 def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
@@ -46,3 +60,8 @@ def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
     for name, path in data.items():
         if not Path(path).exists():
             raise UserError(f"eval.data.{name}={path}: no such file or folder")
+    for name in names:
+        if name.startswith(HARNESS):
+            from eval.harness import check_names  # takes seconds
+
+            check_names([name.removeprefix(HARNESS)], Path(data[name]) if name in data else None)
