@@ -77,7 +77,7 @@ class Endpoint:
         jitter = random.Random(f"{self.seed} {label}")
         trouble = _TroubleError("")
         for attempt in range(self.attempts):
-            if attempt and self.stop.wait(self._wait(attempt, trouble, jitter)):
+            if self.stop.wait(self._wait(attempt, trouble, jitter) if attempt else 0):
                 raise StoppedError
             try:
                 return self._post(json.dumps(body).encode())

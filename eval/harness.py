@@ -140,6 +140,7 @@ def run_tasks(
             found = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
+                task_manager=TaskManager(include_defaults=False),  # another would read every task file again
                 num_fewshot=num_fewshot,
                 limit=request.limit,
                 random_seed=request.seed,

@@ -14,7 +14,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from eval.endpoint import Endpoint
+from eval.endpoint import Endpoint, StoppedError
 from eval.mt_bench import Question, read_turns, row_id
 from eval.results import Figure
 from lora_one.data.rows import file_rows
@@ -307,19 +307,13 @@ def _judgments(
         }
         try:
             for future in as_completed(futures):
-                if future.cancelled():
-                    continue
                 error = future.exception()
                 if error is None:
                     yield futures[future], future.result()
-                elif failure is None:
-                    failure = error  # the first says why; the rest were stopped
-                    endpoint.stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-        except BaseException:
-            endpoint.stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                elif failure is None or isinstance(failure, StoppedError):
+                    failure = error  # one says why; the rest were stopped by it
+        finally:
+            endpoint.stop.set()  # whoever stops listening, on Ctrl-C, has the pool end too
     if failure is not None:
         raise failure
 
@@ -328,9 +322,13 @@ def _judge(match: Match, endpoint: Endpoint, asks: int) -> dict[str, Any]:
     score: float = NO_RATING
     judgment = ""
     for ask in range(asks):
-        judgment = endpoint.ask(
-            match.prompt.system, match.user_prompt, _MAX_TOKENS, f"{match.label} ask {ask}"
-        )
+        try:
+            judgment = endpoint.ask(
+                match.prompt.system, match.user_prompt, _MAX_TOKENS, f"{match.label} ask {ask}"
+            )
+        except Exception:
+            endpoint.stop.set()  # here, so that this thread does not begin the next match
+            raise
         score = rating(judgment)
         if score != NO_RATING:
             break
