@@ -7,7 +7,8 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,10 @@ class SubjectLM(HFLM):
 
     def __init__(self, subject: Subject):
         on_cpu = subject.processes.device.type == "cpu"
-        super().__init__(
-            pretrained=subject.model,
-            tokenizer=subject.tokenizer,
-            # Finding the largest batch costs passes at full context, and a CPU gains nothing by it.
-            batch_size=subject.batch_size or (_CPU_BATCH if on_cpu else "auto"),
-        )
+        # Finding the largest batch costs passes at full context, and a CPU gains nothing by it.
+        size = subject.batch_size or (_CPU_BATCH if on_cpu else "auto")
+        with _left_tied(subject.model):
+            super().__init__(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=size)
         self._processes = subject.processes
         self._rank, self._world_size = subject.processes.rank, subject.processes.world_size
 
@@ -74,6 +73,16 @@ class SubjectLM(HFLM):
             room = self.max_length - int(rest.get("max_gen_toks", self.max_gen_toks))
             return len(self.tok_encode(context)) > room
         return len(self.tok_encode(context + str(rest))) > self.max_length + 1
+
+
+@contextmanager
+def _left_tied(model: Any) -> Iterator[None]:
+    """lm-eval ties what is tied already, and fails on it where PEFT has wrapped the head to train it."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def harness(

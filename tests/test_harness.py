@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ALONE, EMBEDDED, SHARED, on_two_processes, only_run, run_program
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -162,6 +163,20 @@ def test_prompts_that_the_context_does_not_hold_are_counted(subject, gsm8k, task
     rows = [{"filter": "x", "arguments": [(text, {"max_gen_toks": size})]} for size in (64, 256, 500)]
     assert lm.n_cut(rows) == 2
     assert lm.n_cut([{"filter": "x", "arguments": [(text, " yes"), (text * 2, " yes")]}]) == 1
+
+
+def test_a_trained_head_keeps_its_own_weights(subject, tasks):
+    settings = LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"]
+    )
+    model = get_peft_model(subject.model, settings).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.mul_(1.5)
+        before = model(input_ids=ids).logits
+        result = harness.harness(Subject(model, subject.tokenizer, ALONE), Request(tasks), ["numbers"])
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert result.figure.n == N
 
 
 def test_the_program_and_what_it_leaves(program, gsm8k, tmp_path):
