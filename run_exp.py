@@ -173,7 +173,9 @@ def keep_result(name: str, result: EvalResult, config: ExperimentConfig, run: Ru
     run.record.metrics[name] = result.summary()
     run.record.config["eval"] = config.eval.model_dump()
     if run.processes.is_main:
-        write_text(run.folder / f"{name}.jsonl", result.samples_jsonl())
+        path = run.folder / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)  # a benchmark's name may have a folder
+        write_text(path, result.samples_jsonl())
     run.processes.say(f"{name}: {result}")
 
 

@@ -215,4 +215,4 @@ def report(result: EvalResult, folder: Path, options: argparse.Namespace) -> Non
 
 
 def _row(name: str, figure: Figure) -> list[str]:
-    return [name, f"{figure.value:.2%} ± {figure.standard_error:.2%}", f"{figure.n:,}"]
+    return [name, figure.shown(), f"{figure.n:,}"]

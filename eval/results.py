@@ -14,14 +14,21 @@ class Figure:
     Attributes:
         value: The mean; of rights and wrongs, the share of rights.
         standard_error: Of ``value``.
+        is_share: Whether it is shown as a percentage; a rating or a perplexity is not.
     """
 
     value: float
     standard_error: float
     n: int
+    is_share: bool = True
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} ± {self.standard_error:.1%} (n = {self.n:,})"
+        return f"{self.shown(1)} (n = {self.n:,})"
+
+    def shown(self, digits: int = 2) -> str:
+        """The mean and its error as text."""
+        form = f".{digits}%" if self.is_share else ".2f"
+        return f"{self.value:{form}} ± {self.standard_error:{form}}"
 
 
 def share(right: Sequence[bool]) -> Figure:

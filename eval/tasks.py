@@ -1,6 +1,7 @@
 """The table of benchmarks: what ``eval.tasks`` of a run and the scripts of this folder know by name.
 
-A new benchmark is a module with a function of this type and an entry of ``TASKS``.
+A new benchmark is a module with a function of this type and an entry of ``TASKS``. ``lm_eval/NAME`` is any
+task of lm-evaluation-harness.
 """
 
 import functools
@@ -12,6 +13,7 @@ from eval.generation import Decoding
 from eval.gsm8k import grade_numbers, gsm8k
 from eval.labels import grade_labels
 from eval.mmlu import mmlu
+from eval.mt_bench import mt_bench
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
@@ -23,6 +25,7 @@ Grader = Callable[[Subject, Sequence[Example], Request, Decoding], EvalResult]
 TASKS: dict[str, Task] = {
     "gsm8k": gsm8k,
     "mmlu": mmlu,
+    "mt_bench": mt_bench,  # answers only: eval/judge_mt_bench.py grades them
     **{name: functools.partial(commonsense, name=name) for name in (*SETS, ALL)},
 }
 
@@ -30,6 +33,7 @@ TASKS: dict[str, Task] = {
 LOCAL: dict[str, Callable[[Path | None], object]] = {
     name: functools.partial(read_sets, name) for name in (*SETS, ALL)
 }
+HARNESS = "lm_eval/"
 
 # ``eval.task``: how answers to a dataset's own test split are graded.
 GRADERS: dict[str, Grader] = {
@@ -45,11 +49,20 @@ def find_task(name: str) -> Task:
     Raises:
         UserError: If there is none, with the nearest name.
     """
+    if name.startswith(HARNESS):
+        return functools.partial(_harness, name=name.removeprefix(HARNESS))
     if name not in TASKS:
         raise UserError(
-            f"no such benchmark: {name!r}{nearest(name, list(TASKS))}; there are {', '.join(TASKS)}"
+            f"no such benchmark: {name!r}{nearest(name, list(TASKS))}; there are {', '.join(TASKS)}, "
+            f"and {HARNESS}NAME for lm-eval's"
         )
     return TASKS[name]
+
+
+def _harness(subject: Subject, request: Request, *, name: str) -> EvalResult:
+    from eval.harness import harness  # takes seconds
+
+    return harness(subject, request, [name])
 
 
 def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
@@ -62,3 +75,7 @@ def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
     for name in names:
         if name in LOCAL:
             LOCAL[name](Path(data[name]) if name in data else None)
+        if name.startswith(HARNESS):
+            from eval.harness import check_names  # takes seconds
+
+            check_names([name.removeprefix(HARNESS)], Path(data[name]) if name in data else None)
