@@ -8,7 +8,9 @@ from pathlib import Path
 
 from eval.generation import Decoding
 from eval.gsm8k import grade_numbers, gsm8k
+from eval.humaneval import humaneval
 from eval.results import EvalResult
+from eval.sandbox.outside import Limits, find_sandbox
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
 from lora_one.errors import UserError, nearest
@@ -18,6 +20,7 @@ Grader = Callable[[Subject, Sequence[Example], Request, Decoding], EvalResult]
 
 TASKS: dict[str, Task] = {
     "gsm8k": gsm8k,
+    "humaneval": humaneval,
 }
 
 # ``eval.task``: how answers to a dataset's own test split are graded.
@@ -40,9 +43,11 @@ def find_task(name: str) -> Task:
 
 
 def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
-    """Raises UserError for a benchmark that does not exist, or whose data are not there."""
+    """Raises UserError for a benchmark that does not exist, whose data are not there, or that cannot run here."""
     for name in [*names, *data]:
         find_task(name)
     for name, path in data.items():
         if not Path(path).exists():
             raise UserError(f"eval.data.{name}={path}: no such file or folder")
+    if "humaneval" in names:
+        find_sandbox(Limits())  # refuses now, rather than after hours of training

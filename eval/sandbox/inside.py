@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from eval.sandbox import kernel
 
 SCRATCH = "/scratch"
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "zero", "full", "random", "urandom")
 _INSIDE_USER = 1000
 _TICK = 0.01
 
@@ -120,7 +120,7 @@ def _make_root(setup: dict[str, Any]) -> None:
             target.touch()
         kernel.bind(path, str(target))
     (Path(root) / "dev").mkdir(exist_ok=True)
-    for name in _DEVICES:
+    for name in DEVICES:
         (Path(root) / "dev" / name).touch()
         kernel.bind(f"/dev/{name}", f"{root}/dev/{name}")
     for name in ("proc", SCRATCH[1:]):

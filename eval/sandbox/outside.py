@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.sandbox.inside import SCRATCH
+from eval.sandbox.inside import DEVICES, SCRATCH
 from lora_one.errors import UserError
 
 Mechanism = Literal["namespaces", "bubblewrap", "limits"]
@@ -168,8 +168,10 @@ class Sandbox:
         binds = [part for path in visible_paths() for part in _bubblewrap_bind(path)]
         own = ["--ro-bind", f"{_ROOT}/eval", f"{_ROOT}/eval"]
         apart = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-        places = ["--proc", "/proc", "--dev", "/dev", "--size", str(self.limits.disk), "--tmpfs", SCRATCH]
-        return ["bwrap", *apart, *binds, *own, *places, "--chdir", SCRATCH, *python]
+        # Its own /dev would be a place to write to, of any size.
+        devices = [part for name in DEVICES for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
+        places = ["--proc", "/proc", *devices, "--size", str(self.limits.disk), "--tmpfs", SCRATCH]
+        return ["bwrap", *apart, *binds, *own, *places, "--remount-ro", "/", "--chdir", SCRATCH, *python]
 
 
 class _Talk:
@@ -270,7 +272,14 @@ def _environment() -> dict[str, str]:
     """Nothing of this process's environment but what Python may need to start."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     single = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    return {"PATH": "/usr/bin:/bin", "HOME": SCRATCH, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **single, **kept}
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": SCRATCH,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        **single,
+        **kept,
+    }
 
 
 def _packages() -> list[str]:
@@ -318,7 +327,9 @@ def trial(sandbox: Sandbox) -> str | None:
     if sys.platform != "linux":
         return f"it needs Linux, this is {sys.platform}"
     try:
-        outcome = sandbox.run("import ctypes, decimal, hashlib, random, re, typing", "assert re.match('a', 'a')")
+        outcome = sandbox.run(
+            "import ctypes, decimal, hashlib, random, re, typing", "assert re.match('a', 'a')"
+        )
     except (SandboxError, OSError) as error:
         return str(error)
     return None if outcome.passed else f"{outcome.state} {outcome.detail}".strip()
