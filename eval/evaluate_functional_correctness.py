@@ -1,7 +1,7 @@
 """Runs HumanEval samples, contained, and prints pass@k.
 
-    python eval/evaluate_functional_correctness.py --sample_file=results/eval/merged/humaneval/samples.jsonl --k=1
-    python eval/evaluate_functional_correctness.py --sample_file=samples.jsonl --k=1,10,100 --data=HumanEval.jsonl.gz
+    python eval/evaluate_functional_correctness.py --sample_file=path/to/samples.jsonl --k=1
+    python eval/evaluate_functional_correctness.py --sample_file=s.jsonl --k=1,10 --data=HumanEval.jsonl.gz
 
 The sample file holds ``task_id`` and ``completion``, one JSON object a line, as HumanEval's own tools
 write it. Every sample with its outcome goes to a file beside it, ``…_results.jsonl``.

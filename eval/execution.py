@@ -104,7 +104,7 @@ def _run(sandbox: Sandbox, trial: Trial) -> Outcome:
             return sandbox.run(trial.program, trial.test)
         except (SandboxError, OSError) as error:
             raise UserError(
-                f"{trial.name}: its program could not be started ({error}); the same command goes on from there"
+                f"{trial.name}: its program could not be started ({error}); the same command goes on"
             ) from error
 
 
@@ -119,7 +119,8 @@ def _read_kept(path: Path) -> dict[str, Outcome]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-            outcomes[row.pop("key")] = Outcome(**row)
+            key = row.pop("key")
+            outcomes[key] = Outcome(**row)
         except (ValueError, TypeError, KeyError, AttributeError):  # a line that a kill has cut
             continue
     return outcomes

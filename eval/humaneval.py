@@ -85,7 +85,7 @@ def published_temperature(n: int) -> float:
     return 0.1 if n == 1 else 0.6 if n <= 10 else 0.8
 
 
-def humaneval(subject: Subject, request: Request, sampling: Sampling = Sampling()) -> EvalResult:  # noqa: B008 frozen
+def humaneval(subject: Subject, request: Request, sampling: Sampling = Sampling()) -> EvalResult:
     """Samples and runs them; refuses before it generates where programs cannot be contained."""
     return sample_and_run(subject, request, sampling, containment(subject, Limits()))
 
@@ -296,7 +296,7 @@ def check_k(ks: Sequence[int], counts: Mapping[str, int]) -> None:
     for k in ks:
         if k > fewest:
             raise UserError(
-                f"k={k}: {name} has {fewest} sample{'s' * (fewest > 1)}; pass@k wants at least k of each problem"
+                f"k={k}: {name} has {fewest} sample{'s' * (fewest > 1)}; pass@k wants k or more of each"
             )
 
 

@@ -5,6 +5,7 @@ files of HumanEval's own tools. Nothing is deleted inside of what is taken over.
 """
 
 import ast
+import itertools
 import re
 import textwrap
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
 _STARTS_CODE = re.compile(r"[ \t]*(?:import|from|def|class|async def|@\w|\w+(?:\s*:[^=]+)?\s*=[^=])")
+_STARTS_ANEW = re.compile(r"\s*^(?:import|from|def|class|async def|@\w|```|~~~)", re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 _LONGEST = 40_000  # of a text to be parsed in this process
 
@@ -33,13 +35,15 @@ def completion_of(text: str, prompt: str, entry_point: str, *, continues: bool =
     """
     if len(text) > _LONGEST:
         return text
-    chunks = [*_fenced(text), text]
+    # What is Python from end to end has no fences, only perhaps lines in a string that look like them.
+    is_code = continues or _parse(textwrap.dedent(text)) or _parse(prompt + text)
+    chunks = [text, *_fenced(text)] if is_code else [*_fenced(text), text]
     as_body = (found for chunk in chunks for found in _as_body(chunk, prompt, entry_point))
     as_function = (found for chunk in chunks for found in _as_function(chunk, prompt, entry_point))
-    if continues:
-        first = _as_body(text, prompt, entry_point)
-        return next(first, None) or next(as_function, None) or next(as_body, text)
-    return next(as_function, None) or next(as_body, text)
+    # A base model goes on with the body, and may write the function again and again after it.
+    starts_anew = _STARTS_ANEW.match(text) or text.lstrip().startswith(prompt.lstrip().splitlines()[0])
+    ways = (as_body, as_function) if continues and not starts_anew else (as_function, as_body)
+    return next(itertools.chain(*ways), text)
 
 
 def defines_function(program: str, entry_point: str) -> bool:
@@ -61,7 +65,7 @@ def _fenced(text: str) -> Iterator[str]:
 
 
 def _as_function(text: str, prompt: str, entry_point: str) -> Iterator[str]:
-    """Completions that define the function anew: from an early line that may start code to the last that fits."""
+    """Completions that define the function anew: from a line that may start code to the last that fits."""
     if not re.search(rf"\bdef\s+{re.escape(entry_point)}\b", text):
         return
     lines = text.splitlines(keepends=True)
@@ -83,12 +87,19 @@ def _as_body(text: str, prompt: str, entry_point: str) -> Iterator[str]:
     if not body:
         return
     gap = "" if prompt.endswith("\n") else "\n"
-    variants = [body] if body[0] in " \t" else []
-    variants += ["    " + body.lstrip(), textwrap.indent(textwrap.dedent(body), "    ")]
-    first, _, rest = body.partition("\n")  # an indented first line was stripped, the others were not
-    variants.append(textwrap.indent(first.strip() + "\n" + textwrap.dedent(rest), "    "))
-    found = [_longest_program(prompt + gap, variant, entry_point, own=False) for variant in variants]
-    if fitting := [code for code in found if code is not None]:
+    if body[0] in " \t":
+        found = _longest_program(prompt + gap, body, entry_point, own=False)
+        if found is not None:
+            yield gap + found
+            return
+    first, _, rest = body.partition("\n")  # an indented first line may have been stripped, the others not
+    variants = [
+        "    " + body.lstrip(),
+        textwrap.indent(textwrap.dedent(body), "    "),
+        textwrap.indent(first.strip() + "\n" + textwrap.dedent(rest), "    "),
+    ]
+    readings = [_longest_program(prompt + gap, variant, entry_point, own=False) for variant in variants]
+    if fitting := [code for code in readings if code is not None]:
         yield gap + max(fitting, key=lambda code: len(code.split()))
 
 

@@ -43,7 +43,7 @@ def find_task(name: str) -> Task:
 
 
 def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
-    """Raises UserError for a benchmark that does not exist, whose data are not there, or that cannot run here."""
+    """Raises UserError for a benchmark that does not exist, lacks its data, or cannot run here."""
     for name in [*names, *data]:
         find_task(name)
     for name, path in data.items():

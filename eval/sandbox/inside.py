@@ -112,7 +112,7 @@ def _make_root(setup: dict[str, Any]) -> None:
         target = Path(root + path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if Path(path).is_symlink():
-            target.symlink_to(os.readlink(path))
+            target.symlink_to(Path(path).readlink())
             continue
         if Path(path).is_dir():
             target.mkdir(exist_ok=True)
@@ -156,7 +156,8 @@ def _reason_of(code: int) -> str | None:
 
 def _others() -> list[int]:
     me = (os.getpid(), os.getppid())
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in me]
+    numbers = (int(place.name) for place in Path("/proc").iterdir() if place.name.isdigit())
+    return [number for number in numbers if number not in me]
 
 
 def _used(processes: list[int]) -> tuple[float, int]:
@@ -188,10 +189,10 @@ def _give_up_privileges(setup: dict[str, Any]) -> None:
     channel = setup["channel"] = os.dup(0)
     for standard in (0, 1, 2):
         os.dup2(silence, standard)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in (0, 1, 2, channel, setup["report"]):
+    for place in list(Path("/proc/self/fd").iterdir()):
+        if int(place.name) not in (0, 1, 2, channel, setup["report"]):
             with contextlib.suppress(OSError):  # that of the listing itself
-                os.close(int(name))
+                os.close(int(place.name))
     if setup["user"] is not None and os.getuid() == 0:
         _become(setup["user"])
     kernel.drop_capabilities()

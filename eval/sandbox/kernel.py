@@ -102,7 +102,7 @@ def drop_capabilities() -> None:
     _check(_libc.capset(header, bytes(24)), "capset")
 
 
-# x86-64, ARM64. The kernel's tables: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h.
+# x86-64 (the kernel's syscall_64.tbl) and ARM64 (its asm-generic/unistd.h).
 _DENIED = {
     "socket": (41, 198),  # all families: also those that network namespaces do not hold, such as vsock
     "unshare": (272, 97),
@@ -174,7 +174,7 @@ def filter_system_calls(*, alone: bool) -> bool:
 
 
 def _filter_program(column: int, alone: bool) -> list[bytes]:
-    """Classic BPF over ``struct seccomp_data``: number at 0, architecture at 4, low half of argument 0 at 16."""
+    """Classic BPF over ``seccomp_data``: number at 0, architecture at 4, low half of argument 0 at 16."""
 
     def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("HBBI", code, if_true, if_false, value)

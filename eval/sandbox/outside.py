@@ -248,7 +248,7 @@ def _judge(messages: list[list[Any]], errors: str, token: str) -> tuple[str, str
     if "started" not in words:
         trouble = [value for word, value in messages if word == "trouble"]
         raise SandboxError(str(trouble[0]) if trouble else errors or f"no start, only {words}")
-    found: dict[str, Any] = {word: value for word, value in reversed(messages)}
+    found: dict[str, Any] = dict(map(tuple, reversed(messages)))
     if found.get("passed") == token:
         return "passed", ""
     end = found["end"] if isinstance(found.get("end"), dict) else {}
@@ -271,7 +271,7 @@ def _judge(messages: list[list[Any]], errors: str, token: str) -> tuple[str, str
 def _environment() -> dict[str, str]:
     """Nothing of this process's environment but what Python may need to start."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    single = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": SCRATCH,
@@ -303,7 +303,7 @@ def visible_paths() -> list[str]:
 
 def _bubblewrap_bind(path: str) -> list[str]:
     if Path(path).is_symlink():
-        return ["--symlink", os.readlink(path), path]
+        return ["--symlink", str(Path(path).readlink()), path]
     return ["--ro-bind", path, path]
 
 
