@@ -117,7 +117,7 @@ class Sandbox:
         folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
         try:
             if user is not None:
-                os.chown(folder, user, user)
+                _hand_over(folder, user)
             messages, errors, token = self._converse(folder, user, program, test)
         finally:
             remove_tree(folder)
@@ -305,6 +305,15 @@ def _bubblewrap_bind(path: str) -> list[str]:
     if Path(path).is_symlink():
         return ["--symlink", str(Path(path).readlink()), path]
     return ["--ro-bind", path, path]
+
+
+def _hand_over(folder: Path, user: int) -> None:
+    try:
+        os.chown(folder, user, user)
+    except OSError as error:
+        raise SandboxError(
+            f"no user {user} in this container to run programs as ({error.strerror})"
+        ) from error
 
 
 def remove_tree(folder: Path) -> None:
