@@ -198,11 +198,7 @@ def _with_adapter(model: Any, adapter: str) -> Any:
 
 def report(result: EvalResult, folder: Path, options: argparse.Namespace) -> None:
     """Prints the figures as a table, and writes them and every answer to ``folder``."""
-    rows = [["figure", "value", "n"], _row(result.metric, result.figure)]
-    rows += [_row(name, figure) for name, figure in result.others.items()]
-    print(markdown_table(rows))
-    for what, count in result.counts.items():
-        print(f"{count:,} {what}")
+    print_figures(result)
     print(f"{result.task}, {result.decoding}, {result.seconds:.1f} s; in {folder}")
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     write_text(folder / "samples.jsonl", result.samples_jsonl())
@@ -212,6 +208,15 @@ def report(result: EvalResult, folder: Path, options: argparse.Namespace) -> Non
         figures = {result.metric: result.figure} | dict(result.others)
         with Tracker(settings, f"{result.task}-{folder.parent.name}", folder, asked) as tracker:
             tracker.summarise({f"{result.task}/{name}": figure.value for name, figure in figures.items()})
+
+
+def print_figures(result: EvalResult) -> None:
+    """The figures as a table, and below it the counts."""
+    rows = [["figure", "value", "n"], _row(result.metric, result.figure)]
+    rows += [_row(name, figure) for name, figure in result.others.items()]
+    print(markdown_table(rows))
+    for what, count in result.counts.items():
+        print(f"{count:,} {what}")
 
 
 def _row(name: str, figure: Figure) -> list[str]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from eval.commonsense import ALL, SETS, commonsense, grade_words, read_sets
 from eval.generation import Decoding
 from eval.gsm8k import grade_numbers, gsm8k
+from eval.humaneval import humaneval
 from eval.labels import grade_labels
 from eval.mmlu import mmlu
 from eval.mt_bench import mt_bench
 from eval.results import EvalResult
+from eval.sandbox.outside import Limits, find_sandbox
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
 from lora_one.errors import UserError, nearest
@@ -27,6 +29,7 @@ TASKS: dict[str, Task] = {
     "mmlu": mmlu,
     "mt_bench": mt_bench,  # answers only: eval/judge_mt_bench.py grades them
     **{name: functools.partial(commonsense, name=name) for name in (*SETS, ALL)},
+    "humaneval": humaneval,
 }
 
 # Benchmarks whose data are always local files, and what reads them: faults are found before training.
@@ -66,7 +69,7 @@ def _harness(subject: Subject, request: Request, *, name: str) -> EvalResult:
 
 
 def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
-    """Raises UserError for a benchmark that does not exist, or whose data are not there."""
+    """Raises UserError for a benchmark that does not exist, lacks its data, or cannot run here."""
     for name in [*names, *data]:
         find_task(name)
     for name, path in data.items():
@@ -79,3 +82,5 @@ def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
             from eval.harness import check_names  # takes seconds
 
             check_names([name.removeprefix(HARNESS)], Path(data[name]) if name in data else None)
+    if "humaneval" in names:
+        find_sandbox(Limits())  # refuses now, rather than after hours of training
