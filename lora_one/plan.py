@@ -138,6 +138,8 @@ def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
         splits = load_splits(dataset, lambda texts: [0] * len(texts))
         return {name: len(getattr(splits, name)) for name in _SPLITS}
     known = dataset.rows or {}
+    if dataset.streaming or (dataset.streaming is None and spec_of(dataset).streamed):
+        return {"train": dataset.train_size, "validation": dataset.validation_size, "test": known.get("test")}
     if "train" not in known:
         return dict.fromkeys(_SPLITS)
     validation = dataset.validation_size or max(1, known["train"] // 20)

@@ -629,3 +629,9 @@ def test_the_commands_of_the_page_plan(cli, tmp_path, arguments):
     )
     assert done.returncode == 0, done.stderr
     assert "train 38, validation 2" in done.stdout
+
+
+def test_the_plan_of_a_stream_says_what_will_be_taken(cli):
+    done = cli("dataset=flan", "dry_run=true")
+    assert "train 100,000, validation 1,000, test unknown offline" in done.stdout
+    assert "3,125 of 32 examples" in done.stdout
