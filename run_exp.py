@@ -97,7 +97,7 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         if config.peft.use_peft and config.init.adapter is not None:
             check_adapter(config.init.adapter)
         tokenizer = load_tokenizer(config.model)
-        data = prepare_data(config, tokenizer)
+        data = prepare_data(config, tokenizer, writes=run.processes.is_main)
         run.note_source("data", data.summary())
         check_asked_of_data(config, data)
     for remark in data.remarks() + training.remarks(len(data.train.examples), config):

@@ -109,6 +109,11 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
 
 def _check_pair(config: ExperimentConfig) -> None:
     """What does not go with an encoder and a decoder."""
+    if config.dataset.chat:
+        raise UserError(
+            f"dataset.chat=true: a chat template writes one text, for a decoder alone (model.type="
+            f"{config.model.type}); use dataset.chat=false"
+        )
     if config.model.packing:
         raise UserError(
             f"model.packing=true: an encoder reads across the examples of one row (model.type="
@@ -195,6 +200,12 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
         ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
         ("peft.use_rslora", peft.adalora, "peft.adalora=false"),
         ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
+        *(
+            (f"dataset.{key}", config.dataset.name != "custom", "dataset=custom")
+            for key in ("prompt", "target", "answer", "messages")
+        ),
+        ("dataset.revision", config.dataset.train_file is not None, "the dataset of the Hub"),
+        ("dataset.streaming", config.dataset.train_file is not None, "the dataset of the Hub"),
         ("eval.during_training", config.eval.task is None, "eval.task=gsm8k"),
     ]
     without_effect += [

@@ -43,6 +43,18 @@ class DatasetConfig(Section):
     """Where examples come from. A local file replaces the Hub for its split."""
 
     name: str
+    chat: bool = Field(False, description="prompt and answer through the tokenizer's chat template")
+    revision: Text | None = Field(None, description="commit, tag or branch of the Hub dataset")
+    streaming: bool | None = Field(
+        None,
+        description="fetch the Hub's training rows until there are enough; null: as the dataset's table says",
+    )
+    prompt: str | None = Field(None, description="custom: template of the prompt, with {column}")
+    target: str | None = Field(None, description="custom: column, or template, of what is learned")
+    answer: str | None = Field(None, description="custom: column of the answer for graders; null: the target")
+    messages: str | None = Field(
+        None, description="custom: column of conversations, instead of the three above"
+    )
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
@@ -288,6 +300,11 @@ class ExperimentConfig(Section):
         min_length=1,
         description="where gradient estimates are kept for other runs; null: nowhere",
     )
+    token_cache_dir: str | None = Field(
+        "results/tokens",
+        min_length=1,
+        description="where the tokens of large datasets are kept for other runs; null: nowhere",
+    )
 
     @property
     def method(self) -> str:
@@ -340,7 +357,16 @@ class ExperimentConfig(Section):
 # What only adds an output, or says how to watch or how to cut the same sums into pieces, and so must not
 # change the run's folder.
 _OUTPUT_KEYS: dict[str, set[str]] = {
-    "": {"dry_run", "results_dir", "cache_dir", "gradient_checkpointing", "wandb", "tensorboard", "eval"},
+    "": {
+        "dry_run",
+        "results_dir",
+        "cache_dir",
+        "token_cache_dir",
+        "gradient_checkpointing",
+        "wandb",
+        "tensorboard",
+        "eval",
+    },
     "dataset": {"rows"},
     "init": {"offload"},
     "model": {

@@ -17,6 +17,8 @@ from lora_one.errors import UserError, nearest
 _ALIASES = {"dataset_name": "dataset"}
 _CHOICE_ALIASES = {("dataset", "commonsense"): "commonsense_reasoning"}
 _KEY_ALIASES = {"init.weight": "init.scale"}
+# Texts in which signs of Hydra's grammar, and spaces at the ends, mean themselves.
+_TEXT_KEYS = {"dataset.prompt", "dataset.target"}
 _OVERRIDE = re.compile(r"^(?P<plus>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)$", re.DOTALL)
 
 
@@ -55,6 +57,8 @@ def normalise_overrides(arguments: list[str], conf_dir: Path) -> tuple[list[str]
         if key in _KEY_ALIASES:
             notes.append(f"{key} was never read by the published programs; taken as {_KEY_ALIASES[key]}")
             key = _KEY_ALIASES[key]
+        if key in _TEXT_KEYS:
+            value = _quoted(value)
         if key in _groups(conf_dir):
             rewritten.append(f"{key}={_choices(key, value, conf_dir)}")
         else:
@@ -83,6 +87,15 @@ def _choices(group: str, value: str, conf_dir: Path) -> str:
                 f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}"
             )
     return ",".join(names)
+
+
+def _quoted(text: str) -> str:
+    """A text as Hydra's grammar wants it, unless it is quoted already."""
+    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        return text
+    # Only the backslashes before a quote, or at the end, escape something in Hydra's quotes.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + "\\'" * bool(found[2]), text)
+    return f"'{escaped}'"
 
 
 def _check_grammar(argument: str, override: str) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 from lora_one.config import DatasetConfig, ExperimentConfig
 from lora_one.data.batches import Limits
-from lora_one.data.loading import dataset_spec, load_splits
+from lora_one.data.custom import spec_of
+from lora_one.data.loading import load_splits
 from lora_one.errors import UserError
 from lora_one.inits import ALIASES
 from lora_one.layers import shape_OI
@@ -133,11 +134,13 @@ def _micro_batches(config: ExperimentConfig) -> str:
 
 def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
     dataset = config.dataset
-    if dataset.train_file is not None or dataset_spec(dataset.name).generate is not None:
+    if dataset.train_file is not None or spec_of(dataset).generate is not None:
         # Nothing to download. Token limits of the dataset are not applied: that needs a tokenizer.
         splits = load_splits(dataset, lambda texts: [0] * len(texts))
         return {name: len(getattr(splits, name)) for name in _SPLITS}
     known = dataset.rows or {}
+    if dataset.streaming or (dataset.streaming is None and spec_of(dataset).streamed):
+        return {"train": dataset.train_size, "validation": dataset.validation_size, "test": known.get("test")}
     if "train" not in known:
         return dict.fromkeys(_SPLITS)
     validation = dataset.validation_size or max(1, known["train"] // 20)

@@ -2,7 +2,8 @@
 
     python scripts/try_combinations.py             # about two minutes on one core
 
-First every model x peft x init x optimizer x dataset is checked, without running. Then two steps
+First every model x peft x init x optimizer is checked with one dataset of each kind, and every other dataset
+with every model, without running. Then two steps
 are trained on random models of a few thousand parameters for each way through the code: every peft with every
 init, and every optimizer. It exits with 1 if one ends in anything but a result or one line.
 """
@@ -70,10 +71,23 @@ def composed(chosen: dict[str, str]) -> dict[str, Any]:
 
 
 def all_trees() -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """Every combination with its tree, from one composition of each file."""
+    """The combinations with their trees, from one composition of each file.
+
+    Datasets are alike whose evaluation is: one of each kind meets every combination of the others, the rest
+    every model.
+    """
     first = {group: choices(group)[0] for group in GROUPS}
     parts = {(group, name): composed(first | {group: name}) for group in GROUPS for name in choices(group)}
-    for names in product(*map(choices, GROUPS)):
+    kinds = {str(parts["dataset", name].get("eval")): name for name in choices("dataset")}
+    tried = [
+        *product(sorted(kinds.values()), *map(choices, GROUPS[1:])),
+        *(
+            (dataset, model, *(first[group] for group in GROUPS[2:]))
+            for dataset, model in product(choices("dataset"), choices("model"))
+            if dataset not in kinds.values()
+        ),
+    ]
+    for names in tried:
         chosen = dict(zip(GROUPS, names, strict=True))
         base = parts["dataset", chosen["dataset"]]
         nodes = {group: dict(parts[group, chosen[group]][group]) for group in GROUPS}

@@ -23,7 +23,7 @@ def parse(*arguments: str) -> ExperimentConfig:
 
 
 def test_number_of_config_files():
-    assert len(FILES) == 48
+    assert len(FILES) == 70
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -199,3 +199,26 @@ def test_identity_ignores_values_equal_to_their_default():
 def test_the_method_of_a_run_is_in_its_name():
     assert run_id(parse("seed=3")).startswith("tiny-tiny_llama-LoRA-One-s3-")
     assert run_id(parse("experiment=tiny_lora_ga")).startswith("tiny-tiny_llama-LoRA-GA-s0-")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"Q: {question}\nA: ", r"Q: {question}\nA: "),
+        ('"Q: {a}, b"', "Q: {a}, b"),
+        ("it's {a}", "it's {a}"),
+        ("a=[1] (b) ${c}"[:11], "a=[1] (b) $"),
+        ("ends in \\", "ends in \\"),
+        (r"a \' b", r"a \' b"),
+    ],
+)
+def test_a_template_means_itself_on_the_command_line(written, meant):
+    assert parse("dataset=custom", f"dataset.prompt={written}", "dataset.target=a").dataset.prompt == meant
+
+
+def test_keys_of_custom_datasets_and_of_the_hub_are_refused_elsewhere():
+    with pytest.raises(UserError, match=r"dataset.prompt: has no effect here; .*use dataset=custom"):
+        parse("dataset=gsm8k", "dataset.prompt={a}")
+    with pytest.raises(UserError, match=r"dataset.revision: has no effect here"):
+        parse("dataset=gsm8k", "dataset.revision=abc", "dataset.train_file=a.jsonl")
+    assert parse("dataset=gsm8k", "dataset.revision=12").dataset.revision == "12"
