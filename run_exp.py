@@ -40,6 +40,7 @@ from lora_one import portable, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
+from lora_one.data.custom import spec_of
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.data.specs import Example
 from lora_one.digests import file_digest
@@ -164,7 +165,14 @@ def grade(
     assert config.eval.task is not None
     settings = config.eval
     decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.top_p)
-    request = Request(limit=settings.limit, seed=config.seed, description=name)
+    spec = spec_of(config.dataset)
+    request = Request(
+        limit=settings.limit,
+        seed=config.seed,
+        description=name,
+        labels=spec.labels or (),
+        joiner=spec.joiner,
+    )
     return GRADERS[config.eval.task](subject(config, model, loaded, run), examples, request, decoding)
 
 

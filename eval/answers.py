@@ -106,7 +106,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 def _read(path: Path) -> dict[int, Any]:
     found: dict[int, Any] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Only "\n" ends a line: answers may hold the other characters that Python takes for an end.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -124,12 +124,17 @@ def output_folder(options: argparse.Namespace, name: str) -> Path:
     """``--output_dir``/<model>[+<adapter>]/<name>, or, where the program takes one, under its ``--name``."""
     if getattr(options, "name", None):
         return options.output_dir / options.name / name
-    parts = [
-        Path(source).resolve().name if Path(source).exists() else source.replace("/", "--")
-        for source in (options.model_name, options.adapter)
-        if source
-    ]
+    parts = [_called(source) for source in (options.model_name, options.adapter) if source]
     return options.output_dir / "+".join(parts) / name
+
+
+def _called(source: str) -> str:
+    path = Path(source)
+    if not path.exists():
+        return source.replace("/", "--")
+    path = path.resolve()
+    is_of_run = path.name in ("merged", "adapter") and (path.parent / "record.json").is_file()
+    return f"{path.parent.name}-{path.name}" if is_of_run else path.name  # every run has one of that name
 
 
 def load_subject(options: argparse.Namespace, processes: Processes) -> Subject:

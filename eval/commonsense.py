@@ -12,7 +12,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from eval.generation import Decoding, generate
+from eval.generation import Decoding, generate_counted
 from eval.results import EvalResult, Figure, share
 from eval.subject import Request, Subject
 from lora_one.data.rows import file_rows
@@ -166,9 +166,9 @@ def grade_words(
     start = time.perf_counter()
     chosen = list(examples[: request.limit])
     words = [_words_beside(example.answer, row) for row, example in enumerate(chosen, start=1)]
-    texts = generate(subject, [example.prompt for example in chosen], decoding, request)
+    made = generate_counted(subject, [example.prompt for example in chosen], decoding, request)
     samples: list[dict[str, Any]] = []
-    for example, text, choice in zip(chosen, texts, words, strict=True):
+    for example, text, choice in zip(chosen, made.texts, words, strict=True):
         answer = normalised_word(text, choice)
         samples.append(
             {
@@ -190,7 +190,7 @@ def grade_words(
         seconds=time.perf_counter() - start,
         samples=tuple(samples),
         others=by_grader,
-        counts={"without an answer": sum(sample["answer"] is None for sample in samples)},
+        counts={"without an answer": sum(sample["answer"] is None for sample in samples)} | made.counts,
     )
 
 

@@ -29,11 +29,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.task not in SPECS:
         raise UserError(f"--task {options.task}: no such dataset{nearest(options.task, list(SPECS))}")
+    spec = SPECS[options.task]
     # Before the model: a fault of the data is found at once. Labels are those of the whole split.
     examples = held_out_examples(options.task, options.data)
 
     def glue(subject: Subject, request: Request) -> EvalResult:
-        result = grade_labels(subject, examples, request, joiner=SPECS[options.task].joiner)
+        asked = replace(request, labels=spec.labels or (), joiner=spec.joiner)
+        result = grade_labels(subject, examples, asked)
         return replace(result, task=options.task)
 
     evaluate_program(glue, options.task, options)

@@ -116,7 +116,7 @@ def _key(number: int, trial: Trial, sandbox: Sandbox) -> str:
 
 def _read_kept(path: Path) -> dict[str, Outcome]:
     outcomes = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             row = json.loads(line)
             key = row.pop("key")

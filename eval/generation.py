@@ -22,7 +22,7 @@ from eval.row_cache import n_cache_layers
 from eval.subject import Request, Subject
 from eval.vllm_backend import VllmModel
 from eval.whole_batches import WholeBatches
-from lora_one.data.encoding import encoder_input, without_end
+from lora_one.data.encoding import prompt_ids, stop_ids
 from lora_one.modes import in_mode
 from lora_one.progress import progress_bar
 
@@ -84,7 +84,8 @@ def generate_counted(
         known = {index: _Answer.stored(value) for index, value in store.known.items()}
         made: list[tuple[int, _Answer]] = []
         with _ready(subject.model):
-            for index, answer in _shown(subject, encoded, known, decoding, request):
+            ends = _ends(subject, prompts)
+            for index, answer in _shown(subject, encoded, known, decoding, request, ends):
                 store.add(index, dataclasses.asdict(answer))
                 made.append((index, answer))
         answers = known | dict(processes.gather(made))
@@ -102,15 +103,13 @@ def encode_prompts(subject: Subject, prompts: Sequence[str], decoding: Decoding)
     and the token that begins every text.
     """
     tokenizer, config = subject.tokenizer, subject.model.config
-    # A prompt that is to be continued has not ended; one for an encoder has.
-    as_read = encoder_input if config.is_encoder_decoder else without_end
     first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     context = _context(config)
     own = 0 if config.is_encoder_decoder else decoding.max_new_tokens
     limit = max(context - own, context // 2)
     encoded = []
-    for index, row in enumerate(tokenizer(list(prompts))["input_ids"]):
-        ids = as_read(row, tokenizer) or [next(token for token in first if token is not None)]
+    for index, row in enumerate(prompt_ids(prompts, tokenizer, for_encoder=config.is_encoder_decoder)):
+        ids = row or [next(token for token in first if token is not None)]
         is_cut = len(ids) > limit
         if is_cut:
             begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
@@ -164,16 +163,22 @@ def _settings(
     return settings
 
 
+def _ends(subject: Subject, prompts: Sequence[str]) -> list[int]:
+    """The tokens that end an answer: also those of the model's own generation config."""
+    own = [] if isinstance(subject.model, VllmModel) else end_tokens(subject.model, subject.tokenizer)
+    return sorted({*stop_ids(prompts, subject.tokenizer), *own})
+
+
 def _shown(
     subject: Subject,
     prompts: Sequence[Prompt],
     known: dict[int, _Answer],
     decoding: Decoding,
     request: Request,
+    ends: Sequence[int],
 ) -> Iterator[tuple[int, _Answer]]:
     """This process's answers that are not known, with a progress bar of the main one's."""
-    model, tokenizer, processes = subject.model, subject.tokenizer, subject.processes
-    ends = [tokenizer.eos_token_id] if isinstance(model, VllmModel) else end_tokens(model, tokenizer)
+    tokenizer, processes = subject.tokenizer, subject.processes
     n_mine, chosen = _chosen_tokens(subject, prompts, known, decoding, request.seed, ends)
     n_tokens, begin = 0, time.perf_counter()
     with progress_bar(shown=processes.is_main, total=n_mine, desc=request.description, unit="prompt") as bar:

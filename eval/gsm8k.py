@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval.generation import Decoding, generate
+from eval.generation import Decoding, generate_counted
 from eval.graders import last_number, normalised_number, paper_number
 from eval.results import EvalResult, share
 from eval.subject import Request, Subject
@@ -70,9 +70,9 @@ def grade_numbers(
     start = time.perf_counter()
     chosen = list(examples[: request.limit])
     references = _references(chosen, "test split")
-    texts = generate(subject, [example.prompt for example in chosen], decoding, request)
+    made = generate_counted(subject, [example.prompt for example in chosen], decoding, request)
     samples: list[dict[str, Any]] = []
-    for example, text, reference in zip(chosen, texts, references, strict=True):
+    for example, text, reference in zip(chosen, made.texts, references, strict=True):
         answer = normalised_number(text)
         samples.append(
             {
@@ -97,7 +97,7 @@ def grade_numbers(
         seconds=time.perf_counter() - start,
         samples=tuple(samples),
         others=by_grader,
-        counts={"without an answer": sum(sample["answer"] is None for sample in samples)},
+        counts={"without an answer": sum(sample["answer"] is None for sample in samples)} | made.counts,
     )
 
 

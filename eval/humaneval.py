@@ -1,12 +1,9 @@
 """HumanEval: 164 functions to complete, each with tests (Chen et al. 2021, arXiv:2107.03374)."""
 
-import gzip
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,22 +190,8 @@ def read_problems(data: Path | None, limit: int | None) -> list[Problem]:
 def _problem_rows(data: Path | None) -> Iterator[Row]:
     if data is None:
         yield from hub_rows(_HUB, _COLUMNS, remedy="give --data=HumanEval.jsonl.gz")
-    elif data.suffix == ".gz" and data.is_file():
-        with _unpacked(data) as file:
-            yield from file_rows(file, _COLUMNS)
     else:
         yield from file_rows(data, _COLUMNS)
-
-
-@contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / path.stem
-        try:
-            file.write_bytes(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path}: cannot be unpacked ({error}); get it again") from error
-        yield file
 
 
 def read_samples(path: Path, problems: Sequence[Problem]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from eval.generation import Decoding
 from eval.results import EvalResult, Figure, share
 from eval.scoring import choose
 from eval.subject import Request, Subject
-from lora_one.data.specs import DatasetSpec, Example
+from lora_one.data.specs import Example
 from lora_one.errors import UserError
 
 # What the benchmark's own leaderboard also reports, by the word of the positive class.
@@ -30,7 +30,6 @@ def grade_labels(
     examples: Sequence[Example],
     request: Request,
     decoding: Decoding = Decoding(),  # noqa: B008 frozen
-    joiner: str = DatasetSpec.joiner,
 ) -> EvalResult:
     """Accuracy of the label whose first token is the likeliest after the prompt.
 
@@ -38,23 +37,22 @@ def grade_labels(
 
     Args:
         subject: The model and who shares the work.
-        examples: The whole test split, which also says which labels there are.
-        request: Its limit.
+        examples: The whole test split; its targets are the labels where the request names none.
+        request: Its limit, labels and joiner.
         decoding: Nothing is generated; graders have it in common.
-        joiner: Put between prompt and label, as in training.
 
     Raises:
         UserError: If there are fewer than two labels, or two start with the same token.
     """
     start = time.perf_counter()
-    labels = label_words(examples)
+    labels = request.labels or label_words(examples)
     if len(labels) < 2:
         raise UserError(
             f"test split: every row has the label {', '.join(labels)!r}; a classification has at least two"
         )
     chosen = list(examples[: request.limit])
     prompts = [example.prompt for example in chosen]
-    scores = choose(subject, prompts, [joiner + label for label in labels], request)
+    scores = choose(subject, prompts, [request.joiner + label for label in labels], request)
     found = scores.chosen
     references = [labels.index(example.target) for example in chosen]
     samples = tuple(

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from eval.subject import Subject
+from lora_one.data.chat import Rendered
 from lora_one.data.encoding import encoder_input
 from lora_one.errors import UserError
 
@@ -79,9 +80,13 @@ def _pairs(subject: Subject, prompts: Sequence[str], choices: Sequence[str]) -> 
 
 
 def _splits(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], choice: str) -> list[_Split]:
+    is_rendered = bool(prompts) and isinstance(prompts[0], Rendered)
+    choice = choice.lstrip() if is_rendered else choice  # a chat template says what comes before an answer
     n_spaces = len(choice) - len(choice.lstrip())
     texts = [prompt + choice for prompt in prompts]
-    rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)
+    rows = tokenizer(
+        texts, add_special_tokens=not is_rendered, return_attention_mask=False, return_token_type_ids=False
+    )
     splits: list[_Split] = []
     for index, prompt in enumerate(prompts):
         place = rows.char_to_token(index, len(prompt) + n_spaces)

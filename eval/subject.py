@@ -41,6 +41,8 @@ class Request:
         seed: Of everything random: sampling, few-shot order.
         folder: Where answers are kept as they are made, so that a killed evaluation goes on; None: nowhere.
         description: Title of the progress bar.
+        labels: The words to choose from, where the dataset says; none: those of its test split.
+        joiner: Put between a prompt and a label, as in training.
     """
 
     data: Path | None = None
@@ -48,3 +50,5 @@ class Request:
     seed: int = 0
     folder: Path | None = None
     description: str = "evaluate"
+    labels: tuple[str, ...] = ()
+    joiner: str = " "

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_one.config import PRECONDITIONED, InitConfig, ModelConfig, OptimizerConfig, PeftConfig
 from lora_one.records import RunRecord
+from lora_one.tables import figure_text
 
 _PIPELINES = {"CausalLM": "text-generation", "ConditionalGeneration": "text2text-generation"}
 _TRAINING = (
@@ -123,8 +124,7 @@ def _results(record: RunRecord) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in record.metrics.items():
         if isinstance(value, dict):
-            share, error = f"{value['value']:.1%}", f"{value['standard_error']:.1%}"
-            rows.append((f"{name} {value['metric']}", f"{share} ± {error} (n = {value['n']})"))
+            rows.append((f"{name} {value['metric']}", figure_text(value)))
         else:
             rows.append((name.replace("_", " "), f"{value:.4f}"))
     return rows

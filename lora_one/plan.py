@@ -184,7 +184,7 @@ def _outputs(config: ExperimentConfig) -> str:
 
 
 def _has_test(dataset: DatasetConfig) -> bool:
-    spec = dataset_spec(dataset.name)
+    spec = spec_of(dataset)
     if dataset.test_file is not None or dataset.train_file is not None:
         return dataset.test_file is not None
     return spec.generate is not None or "test" in spec.sources

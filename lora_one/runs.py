@@ -16,6 +16,7 @@ from lora_one.interruption import Unfinished
 from lora_one.out_of_memory import explain_out_of_memory, is_out_of_memory
 from lora_one.processes import Processes
 from lora_one.records import RunLock, RunRecord, finish, new_record, read_record, run_id
+from lora_one.tables import figure_text
 
 
 class Run:
@@ -131,8 +132,7 @@ class Run:
         rows = [("validation loss", f"{record.metrics['validation_loss']:.4f}")]
         for name, figures in record.metrics.items():
             if isinstance(figures, dict):
-                share, error = f"{figures['value']:.1%}", f"{figures['standard_error']:.1%}"
-                rows.append((f"{name} {figures['metric']}", f"{share} ± {error} (n = {figures['n']})"))
+                rows.append((f"{name} {figures['metric']}", figure_text(figures)))
         seconds = sum(stage["seconds"] for stage in record.stages.values())
         rows += [
             ("tokens per second", f"{record.training['tokens_per_second']:,.0f} in training"),

@@ -79,7 +79,10 @@ def test_the_program_says_what_the_run_said(cli, tmp_path, questions):
     flags = [f"--data={questions}", f"--output_dir={tmp_path}/eval"]
     apart = [f"--model_name={EMBEDDED}", f"--adapter={folder}/adapter"]
     generated = [json.loads(line)["generated"] for line in (folder / "gsm8k.jsonl").open()]
-    for name, model in (("tiny_llama+adapter", apart), ("merged", [f"--model_name={folder}/merged"])):
+    for name, model in (
+        (f"tiny_llama+{folder.name}-adapter", apart),
+        (f"{folder.name}-merged", [f"--model_name={folder}/merged"]),
+    ):
         done = run_program(sys.executable, "eval/eval_gsm8k.py", *model, *flags)
         assert done.returncode == 0, done.stderr
         assert "exact_match" in done.stdout
@@ -113,8 +116,9 @@ def test_an_adapter_for_another_model_is_refused(cli, tmp_path, questions):
         ([f"--model_name={EMBEDDED}", "--limits=3"], "--limits"),
     ],
 )
-def test_bad_flags_are_one_line(tmp_path, flags, words):
-    done = run_program(sys.executable, "eval/eval_gsm8k.py", *flags, f"--output_dir={tmp_path}")
+def test_bad_flags_are_one_line(tmp_path, questions, flags, words):
+    flags = [f"--data={questions}", f"--output_dir={tmp_path}", *flags]
+    done = run_program(sys.executable, "eval/eval_gsm8k.py", *flags)
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -18,6 +18,7 @@ from eval.commonsense import (
     paper_word,
     read_sets,
 )
+from eval.generation import Generated
 from eval.subject import Request, Subject
 from eval.tasks import TASKS, check_benchmarks
 from lora_one.data.specs import Example
@@ -147,9 +148,10 @@ def test_several_sets_are_averaged_each_the_same(tokenizer, monkeypatch, tmp_pat
     def reply(subject, prompts, decoding, request):
         asked.append((request.folder, decoding))
         is_large = "hellaswag" in prompts[0]
-        return ["the correct answer is " + ("ending1" if is_large else "TRUE")] * len(prompts)
+        word = "ending1" if is_large else "TRUE"
+        return Generated([f"the correct answer is {word}"] * len(prompts), {})
 
-    monkeypatch.setattr("eval.commonsense.generate", reply)
+    monkeypatch.setattr("eval.commonsense.generate_counted", reply)
     sets = {
         "boolq": [Example(f"boolq {i}", "", "true" if i else "false", str(i)) for i in range(4)],
         "hellaswag": [Example(f"hellaswag {i}", "", f"ending{i % 4 + 1}", str(i)) for i in range(16)],
@@ -180,10 +182,14 @@ def test_several_sets_are_averaged_each_the_same(tokenizer, monkeypatch, tmp_pat
 
 
 def test_a_silent_model_is_wrong_and_counted(tokenizer, monkeypatch):
-    monkeypatch.setattr("eval.commonsense.generate", lambda *_: ["answer2", "I do not know", "option1"])
+    made = Generated(["answer2", "I do not know", "option1"], {"answered by greedy beams": 2})
+    monkeypatch.setattr("eval.commonsense.generate_counted", lambda *_: made)
     examples = [Example(str(i), "", answer, "") for i, answer in enumerate(("answer2", "false", "option1"))]
     result = grade_words(nobody(tokenizer), examples, Request())
-    assert (result.figure.value, result.counts) == (2 / 3, {"without an answer": 1})
+    assert (result.figure.value, result.counts) == (
+        2 / 3,
+        {"without an answer": 1, "answered by greedy beams": 2},
+    )
     with pytest.raises(UserError, match="test split, row 2: the answer '7' is no answer word"):
         grade_words(nobody(tokenizer), [examples[0], Example("", "", "7", "")], Request())
 

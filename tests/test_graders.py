@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ALONE, SHARED
 
+from eval.generation import Generated
 from eval.graders import last_number, normalised_number, paper_number
 from eval.gsm8k import grade_numbers, read_problems
 from eval.subject import Request, Subject
@@ -245,7 +246,9 @@ def test_every_real_reference_is_read_and_paper_misreads_those_with_commas_and_s
 
 
 def graded(tokenizer, monkeypatch, examples, replies):
-    monkeypatch.setattr("eval.gsm8k.generate", lambda *_, **__: replies)
+    monkeypatch.setattr(
+        "eval.gsm8k.generate_counted", lambda *_, **__: Generated(replies, {"prompts cut": 1})
+    )
     return grade_numbers(Subject(torch.nn.Identity(), tokenizer, ALONE), examples, Request())
 
 
@@ -263,7 +266,7 @@ def test_a_result_names_its_graders(tokenizer, monkeypatch):
     }
     assert result.figure.n == 4
     assert result.figure.standard_error == pytest.approx((0.25 * 0.75 / 4) ** 0.5)
-    assert result.counts == {"without an answer": 2}
+    assert result.counts == {"without an answer": 2, "prompts cut": 1}
     rows = [json.loads(line) for line in result.samples_jsonl().splitlines()]
     assert [row["paper"] for row in rows] == [True, True, True, False]
     assert (
