@@ -298,7 +298,7 @@ def test_unknown_subjects_and_folders(tmp_path):
 
 
 def hub(rows: dict[str, list[dict]], seen: list):
-    def load(path, config, split):
+    def load(path, config, split, **_):
         seen.append((path, config, split))
         return rows[split]
 
