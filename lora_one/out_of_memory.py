@@ -51,7 +51,8 @@ def explain_out_of_memory(error: BaseException, stage: str, config: dict[str, An
     """
     words = str(error)
     memory = "GPU memory" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in words else "memory"
-    remedies = _REMEDIES.get(_SAME_REMEDIES.get(stage, stage), {})
+    is_benchmark = stage in ((config.get("eval") or {}).get("tasks") or [])
+    remedies = _REMEDIES.get("test" if is_benchmark else _SAME_REMEDIES.get(stage, stage), {})
     is_counted = _setting(config, "model.per_device_batch_size") is not None
     idle = "model.max_tokens_per_device" if is_counted else "model.per_device_batch_size"
     lower = [

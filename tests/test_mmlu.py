@@ -300,7 +300,7 @@ def test_unknown_subjects_and_folders(tmp_path):
 def hub(rows: dict[str, list[dict]], seen: list):
     def load(path, config, split, **_):
         seen.append((path, config, split))
-        return rows[split]
+        return datasets.Dataset.from_list(rows[split])
 
     return load
 
