@@ -23,7 +23,7 @@ class Question:
 
     Attributes:
         context: Tokens before the choice; for an encoder with a decoder, the encoder's.
-        candidates: First token of each choice.
+        candidates: First token of each choice in which not all are alike.
         begun: What the decoder reads before the choice; empty for one text.
         is_cut: Whether the beginning of the prompt was cut away.
     """
@@ -94,15 +94,18 @@ def _splits(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], choice: 
             raise UserError(
                 f"the choice {choice!r}: the tokenizer leaves out its beginning; give another word"
             )
-        splits.append((tuple(rows["input_ids"][index][: place + 1]), place))
+        splits.append((tuple(rows["input_ids"][index]), place))
     return splits
 
 
 def _first_difference(splits: Sequence[_Split]) -> tuple[Tokens, Tokens]:
-    """The tokens before the choices, and the first one of each."""
+    """The tokens before the choices differ, and the first one of each after them."""
     # One choice may swallow the space before it where another does not.
-    context = common_beginning([ids[:place] for ids, place in splits])
-    return context, tuple(ids[len(context)] for ids, _ in splits)
+    n = len(common_beginning([ids[:place] for ids, place in splits]))
+    shared = common_beginning([ids for ids, _ in splits])
+    if all(len(ids) > len(shared) for ids, _ in splits):
+        n = max(n, len(shared))  # all begin alike, as "choice 1" and "choice 2" do
+    return splits[0][0][:n], tuple(ids[n] for ids, _ in splits)
 
 
 def common_beginning(rows: Sequence[Tokens]) -> Tokens:

@@ -195,7 +195,19 @@ def test_choices_with_the_same_first_token_are_refused(tokenizer, tmp_path):
         choose(subject, ["x:"], [" same", " not_same", " not_equal"], Request())
     pair = T5ForConditionalGeneration.from_pretrained(save_small_t5(tmp_path, tokenizer))
     with pytest.raises(UserError, match="'not_same' and 'not_equal' start with the same token"):
-        choose(Subject(pair, tokenizer, ALONE), ["x"], ["not_same", "not_equal"], Request())
+        choose(Subject(pair, tokenizer, ALONE), ["x"], ["same", "not_same", "not_equal"], Request())
+
+
+@pytest.mark.parametrize("kind", ["text", "pair"])
+def test_choices_that_all_begin_alike_are_told_apart_where_they_differ(tokenizer, tmp_path, kind):
+    subject = make("llama", tokenizer)
+    if kind == "pair":
+        model = T5ForConditionalGeneration.from_pretrained(save_small_t5(tmp_path, tokenizer))
+        subject = Subject(model, tokenizer, ALONE)
+    (question,) = encode(subject, ["which?"], ["choice 1", "choice 2"])
+    assert tokenizer.decode(list(question.candidates)).replace(" ", "") == "12"
+    before = question.begun[1:] if kind == "pair" else question.context
+    assert tokenizer.decode(list(before)).rstrip().endswith("choice")
 
 
 def test_a_prompt_beyond_the_context_loses_its_beginning(tokenizer):
@@ -254,8 +266,8 @@ def test_a_split_with_one_label_or_scores_is_refused(tokenizer):
     subject = make("llama", tokenizer)
     with pytest.raises(UserError, match="every row has the label 'positive'"):
         grade_labels(subject, reviews(1), Request())
-    scored = [Example(f"{i}:", f"3.{i}", f"3.{i}", f"{i}") for i in range(4)]
-    with pytest.raises(UserError, match=r"'3.0' and '3.1' start with the same token"):
+    scored = [Example(f"{i}:", f"{2 + i % 2}.{i}", f"{2 + i % 2}.{i}", f"{i}") for i in range(4)]
+    with pytest.raises(UserError, match=r"'2.0' and '2.2' start with the same token"):
         grade_labels(subject, scored, Request())
 
 
