@@ -255,6 +255,8 @@ def train(
 ) -> None:
     """Trains in place; an interrupted run goes on from its last complete checkpoint."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # How far it is can be told from outside.
+    run.record.training = {"n_steps": training.plan_training(len(data.train.examples), config.model).n_steps}
     with run.stage("training"):
         result = training.train(
             model,

@@ -70,6 +70,7 @@ class Run:
         """
         try:
             with self.record.stage(name):
+                self.save()
                 yield
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
