@@ -24,7 +24,7 @@ from lora_one.records import read_record
 from lora_one.tables import markdown_table
 from lora_one.tracking import read_metrics
 
-STATES = ("running", "dead", "failed", "unfinished", "finished", "damaged")
+STATES = ("running", "dead", "failed", "unfinished", "pruned", "finished", "damaged")
 HEAD = ["run", "state", "progress", "left", "loss", "host", "job", "since", "remark"]
 
 
@@ -106,7 +106,7 @@ def last_loss(points: list[dict[str, Any]]) -> str:
 
 def remark(record: dict[str, Any], state: str) -> str:
     """Why it is not running, or what came of it."""
-    if state in ("failed", "unfinished"):
+    if state in ("failed", "unfinished", "pruned"):
         return str(record.get("error") or "")[:120]
     if state == "dead":
         return "its program is gone; the same command goes on"
