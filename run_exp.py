@@ -429,11 +429,11 @@ def start(composed: DictConfig, outcome: sweeps.Outcome) -> None:
         publish(config, run)
 
 
-def job(composed: DictConfig) -> float:
+def job(composed: DictConfig) -> float | None:
     """Runs one job; a failed one is reported and does not stop the next.
 
     Returns:
-        What a sweeper is to make small: the validation loss.
+        What a sweeper is to make small: the validation loss; None where there is none.
 
     Raises:
         Unfinished: If a signal asks this process to stop: that is meant for the whole sweep.
@@ -450,8 +450,7 @@ def job(composed: DictConfig) -> float:
             start(composed, outcome)
     except UserError as error:
         complain(str(error))
-        worst = math.inf if isinstance(error, DivergedError) else math.nan
-        outcome.fail(str(error), BAD_INPUT, worst)
+        outcome.fail(str(error), BAD_INPUT, math.inf if isinstance(error, DivergedError) else None)
     except Exception as error:
         outcome.fail(explain(error, Path(composed.results_dir)), FAILED)
     except Unfinished as stop:
@@ -480,12 +479,12 @@ def stop_job(stop: Unfinished, outcome: sweeps.Outcome, journal: sweeps.Journal)
     outcome.stop(stop.reason, UNFINISHED)
     if stop.together:
         end_processes()  # the first to leave would have the launcher end the others
-    if not journal.is_elsewhere:
-        raise stop
-    complain(str(stop))
     if stop.hand_on is not None:
         journal.keep(outcome)  # this may be the end of the process
         stop.hand_on()
+    if not journal.is_elsewhere:
+        raise stop
+    complain(str(stop))
 
 
 def is_launched_with_others() -> bool:
@@ -538,7 +537,7 @@ def launch_jobs() -> int:
         sys.argv[1:], notes = normalise_overrides(sys.argv[1:], CONF_DIR)
         for note in notes if os.environ.get("RANK", "0") == "0" else []:
             print(f"note: {note}", file=sys.stderr)
-        sweeps.check_engines(sys.argv[1:])
+        sys.argv[1:] = sweeps.prepare_engines(sys.argv[1:])
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
         with heeding_signals(pass_on=lambda: sweeps.journal().pass_on()):
             launch(job)()

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,11 +29,38 @@ from lora_one.files import write_text
 from lora_one.records import RunRecord
 from lora_one.tables import markdown_table
 
+
+@dataclass(frozen=True)
+class _Engine:
+    """A launcher or sweeper of another package.
+
+    Attributes:
+        plugin: Its module below ``hydra_plugins``.
+        defaults: Where we differ from its own.
+    """
+
+    plugin: str
+    defaults: tuple[str, ...]
+
+
+_LOGS = "hydra.launcher.submitit_folder=${hydra.sweep.dir}/sweeps/submitit/%j"
 _ENGINES = {
-    ("hydra/launcher", "joblib"): "hydra_joblib_launcher",
-    ("hydra/launcher", "submitit_local"): "hydra_submitit_launcher",
-    ("hydra/launcher", "submitit_slurm"): "hydra_submitit_launcher",
-    ("hydra/sweeper", "optuna"): "hydra_optuna_sweeper",
+    # Each process holds a model, and shares the cores by the number of processes; a run is no small task.
+    ("hydra/launcher", "joblib"): _Engine(
+        "hydra_joblib_launcher", ("hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1")
+    ),
+    # It would kill them after an hour.
+    ("hydra/launcher", "submitit_local"): _Engine(
+        "hydra_submitit_launcher", (_LOGS, "hydra.launcher.name=lora-one", "hydra.launcher.timeout_min=525600")
+    ),
+    # A job whose time is up keeps a checkpoint and is started again; its own default is to give up.
+    ("hydra/launcher", "submitit_slurm"): _Engine(
+        "hydra_submitit_launcher", (_LOGS, "hydra.launcher.name=lora-one", "hydra.launcher.max_num_timeout=100")
+    ),
+    # One failed trial would end the search; trials that are drawn together know nothing of each other.
+    ("hydra/sweeper", "optuna"): _Engine(
+        "hydra_optuna_sweeper", ("hydra.sweeper.max_failure_rate=1.0", "hydra.sweeper.n_jobs=1")
+    ),
 }
 # Their jobs are processes of this machine, and end with a signal to them.
 _LOCAL_LAUNCHERS = ("joblib", "submitit_local")
@@ -48,7 +77,7 @@ class Outcome:
         exit_code: What the program would exit with if it had run this job alone.
         run_id: None where the configuration was refused.
         objective: What a sweeper is told: the validation loss, infinite where the run was pruned or its loss was no
-            number, NaN where there is none.
+            number, None where there is none (a NaN would end Optuna's sweeper).
         error: One line, where something went wrong or ended early.
         process: Its host and number.
     """
@@ -59,7 +88,7 @@ class Outcome:
     exit_code: int = 0
     run_id: str | None = None
     results_dir: str = ""
-    objective: float = float("nan")
+    objective: float | None = None
     validation_loss: float | None = None
     test: str = ""
     error: str | None = None
@@ -69,12 +98,11 @@ class Outcome:
         """Takes over what the record says."""
         self.state, self.error = record.status, record.error
         self.validation_loss = record.metrics.get("validation_loss")
-        is_pruned = record.status == "pruned"
-        self.objective = float("inf") if is_pruned else (self.validation_loss or self.objective)
+        self.objective = float("inf") if record.status == "pruned" else self.validation_loss
         test = record.metrics.get("test")
         self.test = f"{test['value']:.1%} ± {test['standard_error']:.1%}" if test else ""
 
-    def fail(self, error: str, exit_code: int, objective: float = float("nan")) -> None:
+    def fail(self, error: str, exit_code: int, objective: float | None = None) -> None:
         """The job ended with an error."""
         self.state, self.error, self.exit_code, self.objective = "failed", error, exit_code, objective
 
@@ -89,7 +117,7 @@ class Journal(Callback):
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.launcher = "basic"
-        self.home = _this_process()
+        self.home, self.command = _this_process(), list(sys.argv)
         self.is_dry_run = False
         self.outcomes: list[Outcome] = []
 
@@ -102,8 +130,10 @@ class Journal(Callback):
         set_journal(self)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """In the job's own process."""
+        """In the job's own process, whose record is to name the command that a person gave."""
         set_journal(self)
+        if self.is_elsewhere:
+            sys.argv[:] = self.command
 
     @property
     def is_elsewhere(self) -> bool:
@@ -203,12 +233,19 @@ def sweep_table(outcomes: Sequence[Outcome]) -> str:
     return table + where
 
 
-def check_engines(arguments: Sequence[str]) -> None:
+def prepare_engines(arguments: Sequence[str]) -> list[str]:
     """Looks at the launcher and the sweeper that are asked for, before Hydra does.
+
+    Args:
+        arguments: Flags, then overrides.
+
+    Returns:
+        The arguments with our defaults before the overrides, which win.
 
     Raises:
         UserError: If one is not installed, or cannot be used here.
     """
+    defaults: list[str] = []
     is_sweep = any(flag in ("-m", "--multirun", "hydra.mode=MULTIRUN") for flag in arguments)
     for argument in arguments:
         group, _, choice = argument.lstrip("+").partition("=")
@@ -221,11 +258,30 @@ def check_engines(arguments: Sequence[str]) -> None:
                 f"{argument}: not under accelerate launch or torchrun, whose processes sweep side by side; "
                 "start without them, or leave it out"
             )
-        plugin = _ENGINES.get((group, choice))
-        if plugin is not None and not _is_installed(plugin):
+        if (engine := _ENGINES.get((group, choice))) is None:
+            continue
+        if not _is_installed(engine.plugin):
             raise UserError(f"{argument}: is not installed; pip install -e '.[sweeps]'")
         if choice == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise UserError(f"{argument}: there is no sbatch here; start it where Slurm's commands are")
+        defaults += engine.defaults
+        if choice == "optuna":
+            _check_search(argument, arguments)
+            if "hydra/sweeper/sampler=grid" not in arguments:
+                defaults.append("hydra.sweeper.sampler.seed=0")  # a repeated sweep asks the same again
+    n_flags = next((i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
+    return [*arguments[:n_flags], *defaults, *arguments[n_flags:]]
+
+
+def _check_search(argument: str, arguments: Sequence[str]) -> None:
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    spaces = ("hydra.sweeper.params", "hydra.sweeper.search_space", "hydra.sweeper.custom_search_space")
+    if not any(o.is_sweep_override() or o.key_or_group.startswith(spaces) for o in parsed):
+        raise UserError(
+            f"{argument}: there is nothing to search; give for example "
+            "'model.learning_rate=tag(log, interval(1e-4, 1e-2))'"
+        )
 
 
 def make_importable(root: Path) -> None:
