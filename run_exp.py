@@ -379,7 +379,7 @@ def graded(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(composed: DictConfig, outcome: sweeps.Outcome) -> None:
-    """One job of a launch: checks the config, then runs, resumes, or returns; ``outcome`` says what came of it."""
+    """One job of a launch: checks the config, then runs, resumes, or returns; ``outcome`` notes it."""
     # As they were written: an interpolation in one is no business of the others.
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = parse_config(composed, named_keys(overrides))

@@ -68,8 +68,8 @@ _request = _Request()
 def heeding_signals(pass_on: Callable[[], bool] | None = None) -> Iterator[None]:
     """Within it the signals raise ``Unfinished``; a second one ends the program on the spot.
 
-    A signal that somebody else already takes, such as a launcher, stays theirs; that by which submitit ends a job
-    comes to them after us.
+    A signal that somebody else already takes, such as a launcher, stays theirs; that by which submitit ends
+    a job comes to them after us.
 
     Args:
         pass_on: Sends the request to jobs in other processes, and says whether it did: then this

@@ -37,7 +37,8 @@ class RunRecord:
     Attributes:
         run_id: Name of the run's folder.
         method: What is compared in tables.
-        status: ``running``, ``finished``, ``failed``, ``unfinished`` where somebody asked it to stop, or ``pruned``.
+        status: ``running``, ``finished``, ``failed``, ``unfinished`` where somebody asked it to stop, or
+            ``pruned`` where its validation loss was too high.
         job: Number of the cluster's job that makes it, where there is one.
         doing: The stage under way.
         stages: Seconds and peak resident bytes of each stage.

@@ -1,7 +1,8 @@
 """The jobs of a sweep, in whatever process they run: what became of each, and the table at the end.
 
-Hydra's launchers start jobs here, in workers, or on a cluster, and Hydra keeps what they return to itself. So each
-job leaves a small file in ``results_dir/sweeps/<time>-<process>/``, and the program that was started reads them.
+Hydra's launchers start jobs here, in workers, or on a cluster, and Hydra keeps what they return to itself.
+So each job leaves a small file in ``results_dir/sweeps/<time>-<process>/``, and the program that a person
+started reads them.
 """
 
 import importlib.util
@@ -51,11 +52,13 @@ _ENGINES = {
     ),
     # It would kill them after an hour.
     ("hydra/launcher", "submitit_local"): _Engine(
-        "hydra_submitit_launcher", (_LOGS, "hydra.launcher.name=lora-one", "hydra.launcher.timeout_min=525600")
+        "hydra_submitit_launcher",
+        (_LOGS, "hydra.launcher.name=lora-one", "hydra.launcher.timeout_min=525600"),
     ),
     # A job whose time is up keeps a checkpoint and is started again; its own default is to give up.
     ("hydra/launcher", "submitit_slurm"): _Engine(
-        "hydra_submitit_launcher", (_LOGS, "hydra.launcher.name=lora-one", "hydra.launcher.max_num_timeout=100")
+        "hydra_submitit_launcher",
+        (_LOGS, "hydra.launcher.name=lora-one", "hydra.launcher.max_num_timeout=100"),
     ),
     # One failed trial would end the search; trials that are drawn together know nothing of each other.
     ("hydra/sweeper", "optuna"): _Engine(
@@ -76,8 +79,8 @@ class Outcome:
         state: ``running``, ``planned`` (a dry run), or the status of its record at the end.
         exit_code: What the program would exit with if it had run this job alone.
         run_id: None where the configuration was refused.
-        objective: What a sweeper is told: the validation loss, infinite where the run was pruned or its loss was no
-            number, None where there is none (a NaN would end Optuna's sweeper).
+        objective: What a sweeper is told: the validation loss, infinite where the run was pruned or its loss
+            was no number, None where there is none (a NaN would end Optuna's sweeper).
         error: One line, where something went wrong or ended early.
         process: Its host and number.
     """
@@ -144,7 +147,7 @@ class Journal(Callback):
         """Notes that this process's job has begun."""
         hydra = HydraConfig.get()
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-        number = int(OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0)
+        number = 0 if OmegaConf.is_missing(hydra.job, "num") else int(hydra.job.num)
         outcome = Outcome(number, [override.lstrip("+") for override in overrides])
         self.outcomes.append(outcome)
         self.keep(outcome)

@@ -45,7 +45,7 @@ class TrainResult:
 
     ``escalated_dampings``: r x r matrices that a preconditioned optimiser had to damp by more than δ; None
     with the others. ``best_step``: the step that the weights are of with ``model.keep_best``, else None.
-    ``stopped_early``: by ``model.early_stopping_patience``. ``pruned``: why ``model.prune_above`` ended it, or None.
+    ``stopped_early``: by ``model.early_stopping_patience``. ``pruned``: why ``model.prune_above`` ended it.
     """
 
     n_steps: int
