@@ -279,6 +279,8 @@ def prepare_engines(arguments: Sequence[str]) -> list[str]:
 def _check_search(argument: str, arguments: Sequence[str]) -> None:
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
+    if any(o.key_or_group == "dry_run" and o.value() is True for o in parsed):
+        raise UserError(f"{argument}: a dry run has no losses to search by; leave one of them out")
     spaces = ("hydra.sweeper.params", "hydra.sweeper.search_space", "hydra.sweeper.custom_search_space")
     if not any(o.is_sweep_override() or o.key_or_group.startswith(spaces) for o in parsed):
         raise UserError(

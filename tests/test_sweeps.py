@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -126,6 +127,7 @@ def test_a_job_whose_process_is_gone_is_said_to_have_died(tmp_path, capsys):
         (["hydra/launcher=joblib"], "has an effect only in a sweep; add -m"),
         (["-m", "hydra/launcher=submitit_slurm"], "there is no sbatch here"),
         (["-m", "hydra/launcher=jobs"], "hydra/launcher/jobs"),
+        (["-m", "hydra/sweeper=optuna", "seed=0,1", "dry_run=true"], "a dry run has no losses"),
         (["-m", "hydra/sweeper=optuna"], "there is nothing to search; give for example"),
     ],
     ids=" ".join,
@@ -265,7 +267,7 @@ SBATCH = """
 SRUN = """
     #!/usr/bin/env bash
     # Slurm's srun without its options.
-    while [[ $1 == -* ]]; do shift; done
+    until [[ -f $1 && -x $1 ]]; do shift; done
     exec "$@"
 """
 SACCT = """
@@ -288,7 +290,7 @@ def slurm(tmp_path):
 @needs["submitit"]
 def test_submitit_gives_slurm_one_array_for_a_sweep(slurm, tmp_path):
     command = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", *QUICK]
-    command += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.array_parallelism=7", "peft.lora_r=4,500"]
+    command += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.array_parallelism=1", "peft.lora_r=4,500"]
     done = run_program(
         sys.executable,
         "run_exp.py",
@@ -299,7 +301,7 @@ def test_submitit_gives_slurm_one_array_for_a_sweep(slurm, tmp_path):
     assert done.returncode == 2, done.stderr
     (script,) = [path.read_text() for path in slurm.glob("submitted-*")]
     for line in (
-        "--array=0-1%7",
+        "--array=0-1%1",
         "--job-name=lora-one",
         "--partition=gpu",
         "--cpus-per-task=1",
@@ -379,6 +381,40 @@ def test_optuna_goes_on_after_trials_that_fail_diverge_or_are_pruned(cli, tmp_pa
     assert pruned.returncode == 0
     assert [row["state"] for row in rows_of(pruned.stdout)] == ["pruned"]
     assert "best_value: .inf" in (tmp_path / "results" / "optimization_results.yaml").read_text()
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+@needs["joblib"]
+@needs["submitit"]
+@needs["optuna"]
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_on_sweeps(command, cli):
+    """Without their launchers, which have tests above: as a dry run, or a search of one trial."""
+    assert command[:3] == ["python", "run_exp.py", "-m"]
+    here = [argument for argument in command[2:] if "hydra/launcher" not in argument]
+    here = [argument for argument in here if "hydra.launcher" not in argument]
+    launchers = [argument for argument in command if argument.startswith("hydra/launcher")]
+    assert all(prepare_engines(["-m", launcher]) for launcher in launchers)
+    is_search = "hydra/sweeper=optuna" in command
+    done = cli(*here, *([*QUICK, "hydra.sweeper.n_trials=1"] if is_search else ["dry_run=true"]))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_for_slurm_composes(cli, slurm, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    (text,) = re.findall(r"^```sh slurm\n(.*?)^```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL | re.M)
+    monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
+    arguments = shlex.split(text)[2:]
+    assert prepare_engines(arguments)[: len(arguments)] != arguments
+    done = cli(*arguments, "--cfg", "hydra", "-p", "hydra.launcher")
+    assert done.returncode == 0, done.stderr
+    assert "partition: gpu" in done.stdout
+    assert "max_num_timeout: 100" in done.stdout
+    assert "timeout_min: 240" in done.stdout
 
 
 def test_outcomes_survive_the_way_through_their_files(tmp_path):
