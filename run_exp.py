@@ -13,6 +13,7 @@ after them how a launch begins and ends.
 
 import gc
 import logging
+import math
 import os
 import sys
 import traceback
@@ -36,7 +37,7 @@ from eval.generation import Decoding
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from eval.tasks import GRADERS, check_benchmarks, find_task
-from lora_one import portable, training
+from lora_one import portable, sweeps, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
 from lora_one.config import ExperimentConfig, parse_config
@@ -44,7 +45,7 @@ from lora_one.data.custom import spec_of
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.data.specs import Example
 from lora_one.digests import file_digest
-from lora_one.errors import RunError, UserError
+from lora_one.errors import DivergedError, PrunedError, RunError, UserError
 from lora_one.files import is_disk_full, write_text
 from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
 from lora_one.gradients import GradientEstimate, estimate_gradient
@@ -57,6 +58,7 @@ from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
 from lora_one.processes import end_processes, start_processes
+from lora_one.records import run_id
 from lora_one.runs import Run
 from lora_one.sample import gradient_batches, sample_indices
 from lora_one.tracking import Tracker, check_tensorboard
@@ -70,6 +72,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
 
     Raises:
         UserError: For bad input.
+        PrunedError: If ``model.prune_above`` ends it.
     """
     run.begin(config)
     set_seed(config.seed)
@@ -263,8 +266,14 @@ def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
 def train(
     config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, tracker: Tracker, run: Run
 ) -> None:
-    """Trains in place; an interrupted run goes on from its last complete checkpoint."""
+    """Trains in place; an interrupted run goes on from its last complete checkpoint.
+
+    Raises:
+        PrunedError: If ``model.prune_above`` ends it.
+    """
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # How far it is can be told from outside.
+    run.record.training = {"n_steps": training.plan_training(len(data.train.examples), config.model).n_steps}
     with run.stage("training"):
         result = training.train(
             model,
@@ -280,6 +289,8 @@ def train(
         total = sum(parameter.numel() for parameter in model.parameters())
         run.record.training = {"trainable_parameters": trainable, "parameters": total, **asdict(result)}
         run.record.metrics["validation_loss"] = result.validation_loss
+    if result.pruned is not None:
+        raise PrunedError(result.pruned)
 
 
 def exact_match(
@@ -377,11 +388,12 @@ def graded(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in ("task", "limit", "max_new_tokens", "temperature", "top_p")}
 
 
-def start(composed: DictConfig) -> None:
-    """One job of a launch: checks the config, then runs, resumes, or returns."""
+def start(composed: DictConfig, outcome: sweeps.Outcome) -> None:
+    """One job of a launch: checks the config, then runs, resumes, or returns; ``outcome`` notes it."""
     # As they were written: an interpolation in one is no business of the others.
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = parse_config(composed, named_keys(overrides))
+    outcome.run_id, outcome.results_dir = run_id(config), config.results_dir
     processes = start_processes()
     named = named_keys(overrides)
     is_default = not named & {"model", "model.name", "experiment"}
@@ -403,50 +415,86 @@ def start(composed: DictConfig) -> None:
     check_benchmarks(config.eval.tasks, config.eval.data)
     if config.dry_run:
         processes.say(describe_plan(config, processes.world_size))
+        outcome.state = "planned"
         return
     run = Run(config, processes)
     try:
         if run.is_finished:
             add_outputs(config, run)
+        elif run.was_pruned(config):
+            raise PrunedError(run.record.error)
         else:
             processes.say(f"run {run.folder}" + (" (resuming)" if run.previous else ""))
             run_experiment(config, run)
             processes.say(run.summary())
         run.close()
+    except PrunedError as reason:
+        run.close(reason)
+        processes.say(f"{run.folder}: {reason}; without the limit, or with a higher one, it goes on")
     except BaseException as error:
         run.close(error)
         raise
-    publish(config, run)
+    outcome.end(run.record)
+    if run.record.status == "finished":
+        publish(config, run)
 
 
-def job(composed: DictConfig, exit_codes: list[int]) -> None:
-    """Runs one job of a sweep; a failed one is reported and does not stop the next.
+def job(composed: DictConfig) -> float | None:
+    """Runs one job; a failed one is reported and does not stop the next.
+
+    Returns:
+        What a sweeper is to make small: the validation loss; None where there is none.
 
     Raises:
-        Unfinished: If a signal asks to stop: that is meant for the whole sweep.
+        Unfinished: If a signal asks this process to stop: that is meant for the whole sweep.
     """
+    quieten_libraries()
+    journal = sweeps.journal()
+    outcome = journal.begin()
     try:
+        if journal.is_stopping:
+            outcome.stop("not begun: the sweep was asked to stop", UNFINISHED)
+            return outcome.objective
+        sweeps.join_cluster_job()
         with heeding_signals():  # here for launchers that do not come by main
-            start(composed)
-        exit_codes.append(0)
+            start(composed, outcome)
     except UserError as error:
         complain(str(error))
-        exit_codes.append(BAD_INPUT)
+        outcome.fail(str(error), BAD_INPUT, math.inf if isinstance(error, DivergedError) else None)
     except Exception as error:
-        explain(error, Path(composed.results_dir))
-        exit_codes.append(FAILED)
+        outcome.fail(explain(error, Path(composed.results_dir)), FAILED)
     except Unfinished as stop:
-        if stop.together:
-            end_processes()  # the first to leave would have the launcher end the others
+        stop_job(stop, outcome, journal)
+    except KeyboardInterrupt:
+        outcome.stop("interrupted", INTERRUPTED)
         raise
     finally:
+        journal.keep(outcome)
         # The last job's model must be gone before the next one's is loaded.
         gc.collect()
         torch.cuda.empty_cache()
-    if exit_codes[-1] != 0 and is_launched_with_others():
+    if outcome.exit_code not in (0, UNFINISHED) and is_launched_with_others():
         # The other processes may wait for this one: end the whole launch, the sweep can be repeated.
         sys.stdout.flush()
-        os._exit(exit_codes[-1])
+        os._exit(outcome.exit_code)
+    return outcome.objective
+
+
+def stop_job(stop: Unfinished, outcome: sweeps.Outcome, journal: sweeps.Journal) -> None:
+    """A signal came: ends the sweep if that is here, else this job alone.
+
+    Raises:
+        Unfinished: If the sweep is here.
+    """
+    outcome.stop(stop.reason, UNFINISHED)
+    if stop.together:
+        end_processes()  # the first to leave would have the launcher end the others
+    if stop.hand_on is not None:
+        journal.keep(outcome)  # this may be the end of the process
+        stop.hand_on()
+    if not journal.is_elsewhere:
+        raise stop
+    complain(str(stop))
 
 
 def is_launched_with_others() -> bool:
@@ -454,8 +502,8 @@ def is_launched_with_others() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def explain(error: Exception, results_dir: Path) -> None:
-    """What went wrong, in one line; before it the traceback of what nobody foresaw."""
+def explain(error: Exception, results_dir: Path) -> str:
+    """Says what went wrong in one line, which it returns; before it the traceback of what nobody foresaw."""
     if isinstance(error, OSError):
         text = " ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     elif isinstance(error, RunError):
@@ -465,8 +513,9 @@ def explain(error: Exception, results_dir: Path) -> None:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
     # Libraries report a full disk in many ways; this one is plain.
     is_full = not isinstance(error, RunError) and is_disk_full(error, results_dir)
-    hint = f" (the disk of results_dir={results_dir} is full; make room and start again)"
-    complain(text + hint * is_full)
+    text += f" (the disk of results_dir={results_dir} is full; make room and start again)" * is_full
+    complain(text)
+    return text
 
 
 def complain(text: str) -> None:
@@ -476,8 +525,8 @@ def complain(text: str) -> None:
     print(f"error{where}: {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """The command line."""
+def quieten_libraries() -> None:
+    """What libraries say about themselves is no news of a run."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
@@ -486,34 +535,56 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     # PEFT 0.21 reads its own AdaLoRA file with a warning about its own keys.
     warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-    exit_codes: list[int] = []
-    # Hydra shall raise, not print a traceback.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+
+def launch_jobs() -> int:
+    """Hands the command line to Hydra, which starts ``job`` once or for every job of a sweep.
+
+    Returns:
+        The exit code of the launch itself; the jobs have theirs.
+    """
     try:
         sys.argv[1:], notes = normalise_overrides(sys.argv[1:], CONF_DIR)
         for note in notes if os.environ.get("RANK", "0") == "0" else []:
             print(f"note: {note}", file=sys.stderr)
+        sys.argv[1:] = sweeps.prepare_engines(sys.argv[1:])
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-        with heeding_signals():
-            launch(lambda composed: job(composed, exit_codes))()
+        with heeding_signals(pass_on=lambda: sweeps.journal().pass_on()):
+            launch(job)()
     # Hydra has a bare ValueError too; what a job raises does not come here.
     except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         complain(" ".join(str(error).split()))
-        sys.exit(BAD_INPUT)
+        return BAD_INPUT
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except Unfinished as stop:
         if os.environ.get("RANK", "0") == "0":
             complain(str(stop))
         if is_launched_with_others():
             os._exit(UNFINISHED)  # where one alone was asked, the others may wait for it
-        sys.exit(UNFINISHED)
+        return UNFINISHED
+    except Exception as error:  # a launcher's or a sweeper's own: a worker or a node has died
+        first = str(error).strip().splitlines()[:1]
+        complain(": ".join([type(error).__name__, *first]) + "; the same command starts what is missing")
+        return FAILED
     end_processes()
-    failed = sum(code != 0 for code in exit_codes)
-    if failed and len(exit_codes) > 1:
-        print(f"error: {failed} of {len(exit_codes)} jobs failed", file=sys.stderr)
-    sys.exit(max(exit_codes, default=0))
+    return 0
+
+
+def main() -> None:
+    """The command line."""
+    quieten_libraries()
+    # Hydra shall raise, not print a traceback.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sweeps.make_importable(CONF_DIR.parent)
+    sweeps.set_journal(sweeps.Journal())
+    code = launch_jobs()
+    outcomes = sweeps.journal().close()
+    failed = sum(outcome.exit_code not in (0, UNFINISHED) for outcome in outcomes)
+    if failed and len(outcomes) > 1:
+        print(f"error: {failed} of {len(outcomes)} jobs failed", file=sys.stderr)
+    sys.exit(code or max((outcome.exit_code for outcome in outcomes), default=0))
 
 
 if __name__ == "__main__":

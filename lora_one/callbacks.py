@@ -39,6 +39,27 @@ class EarlyStopping(TrainerCallback):
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 
+class PruneAbove(TrainerCallback):
+    """Ends the run at a validation loss above a limit, with a checkpoint: a higher limit goes on from it.
+
+    Attributes:
+        reason: Why it did, else None.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.reason: str | None = None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Asks for the end, unless it has come anyway."""
+        if metrics["eval_loss"] > self.limit and state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True
+            self.reason = (
+                f"pruned after step {state.global_step} of {state.max_steps}: the validation loss "
+                f"{metrics['eval_loss']:.4g} is above model.prune_above={self.limit:g}"
+            )
+
+
 class KeepBest(TrainerCallback):
     """Asks for a checkpoint at every new lowest validation loss."""
 

@@ -115,6 +115,9 @@ class ModelConfig(Section):
         ge=1,
         description="stop after so many validation losses without a new best",
     )
+    prune_above: float | None = Field(
+        None, ge=0, description="a validation loss above it, before the last step, ends the run as pruned"
+    )
     keep_best: bool = Field(False, description="end with the weights of the lowest validation loss")
     save_steps: int = Field(500, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(1, ge=1, description="steps between two points sent to the tracker")
@@ -372,6 +375,7 @@ _OUTPUT_KEYS: dict[str, set[str]] = {
     "model": {
         *("shape", "saving", "push_to_hub", "save_steps", "logging_steps", "prec_reg", "device_map"),
         *("max_tokens_per_device", "per_device_batch_size", "packing", "compile", "attn_implementation"),
+        "prune_above",
     },
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lora_one.checkpoints import name_last
-from lora_one.errors import UserError
+from lora_one.errors import DivergedError
 from lora_one.steps import Steps
 
 _FIGURES = {"loss": "training loss", "grad_norm": "gradient norm", "eval_loss": "validation loss"}
@@ -22,13 +22,13 @@ class StopOnDivergence(TrainerCallback):
         self.folder = folder
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Raises UserError with the step, its examples and the last good checkpoint."""
+        """Raises DivergedError with the step, its examples and the last good checkpoint."""
         for key, name in _FIGURES.items():
             if key == "grad_norm" and (control.should_evaluate or args.fp16):
                 continue  # the validation loss that comes now shows what the step did; float16 skips the step
             if not math.isfinite((logs or {}).get(key, 0.0)):
                 seen = "" if key == "eval_loss" else f" ({self._examples(state.global_step - 1)})"
-                raise UserError(
+                raise DivergedError(
                     f"step {state.global_step}: the {name} is {logs[key]}; lower model.learning_rate, use "
                     f"model.bf16=false, or check the data{seen}; the last good checkpoint is "
                     f"{name_last(self.folder)}; the run is kept as failed"

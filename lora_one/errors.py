@@ -7,6 +7,14 @@ class UserError(ValueError):
     """Bad input. The message is one line that names what, where and the remedy."""
 
 
+class DivergedError(UserError):
+    """A training whose loss or gradient is no number any more: to a sweep, the worst of settings."""
+
+
+class PrunedError(Exception):
+    """No error: a run that ``model.prune_above`` ended."""
+
+
 class RunError(RuntimeError):
     """A run that the machine could not carry on, whatever the input; one line too, and its record is kept."""
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 from lora_one.processes import Processes
 
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again
-# SIGUSR2 is the submitit launcher's.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# By which submitit tells its jobs that their time is up; it starts them again when we have stored all.
+_SUBMITITS = signal.SIGUSR2
 # A scheduler signals every process of a job, and a launcher among them forwards the signal to its workers.
 _SAME_REQUEST_SECONDS = 3.0
 
@@ -34,6 +35,7 @@ class Unfinished(BaseException):
     Attributes:
         reason: What stopped the run, and where.
         together: Whether all processes stop at this place.
+        hand_on: What a launcher does with its own signal, to be called when all is stored.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Unfinished(BaseException):
         super().__init__(f"{reason}; {outcome}")
         self.reason = reason
         self.together = together
+        self.hand_on = _request.hand_on if _request.by == _SUBMITITS.name else None
 
 
 @dataclass
@@ -51,6 +54,8 @@ class _Request:
     by: str | None = None
     at: float = 0.0
     is_deferred: bool = False
+    hand_on: Callable[[], None] | None = None
+    pass_on: Callable[[], bool] | None = None
 
     def note(self, by: str) -> None:
         self.by, self.at = by, time.monotonic()
@@ -60,10 +65,15 @@ _request = _Request()
 
 
 @contextmanager
-def heeding_signals() -> Iterator[None]:
+def heeding_signals(pass_on: Callable[[], bool] | None = None) -> Iterator[None]:
     """Within it the signals raise ``Unfinished``; a second one ends the program on the spot.
 
-    A signal that somebody else already takes, such as a launcher, stays theirs.
+    A signal that somebody else already takes, such as a launcher, stays theirs; that by which submitit ends
+    a job comes to them after us.
+
+    Args:
+        pass_on: Sends the request to jobs in other processes, and says whether it did: then this
+            one waits for them.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may take signals
@@ -71,12 +81,23 @@ def heeding_signals() -> Iterator[None]:
     taken = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _on_signal)
+    if pass_on is not None:
+        _request.pass_on = pass_on
+    theirs = signal.getsignal(_SUBMITITS)
+    if is_submitits := "SUBMITIT_EXECUTOR" in os.environ and callable(theirs):
+        signal.signal(_SUBMITITS, _on_signal)
+        _request.hand_on = lambda: theirs(_SUBMITITS, None)
     try:
         yield
     finally:
+        if is_submitits:
+            signal.signal(_SUBMITITS, theirs)
+            _request.hand_on = None
+        if pass_on is not None:
+            _request.pass_on = None
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
-        if taken:
+        if taken or is_submitits:
             _request.by = None
 
 
@@ -131,6 +152,8 @@ class StopOnSignal(TrainerCallback):
 
 
 def _on_signal(number: int, _: Any) -> None:
+    if _request.pass_on is not None and _request.pass_on():
+        return
     if _request.by is None:
         _request.note(signal.Signals(number).name)
         if not _request.is_deferred:

@@ -37,7 +37,10 @@ class RunRecord:
     Attributes:
         run_id: Name of the run's folder.
         method: What is compared in tables.
-        status: ``running``, ``finished``, ``failed``, or ``unfinished`` where somebody asked it to stop.
+        status: ``running``, ``finished``, ``failed``, ``unfinished`` where somebody asked it to stop, or
+            ``pruned`` where its validation loss was too high.
+        job: Number of the cluster's job that makes it, where there is one.
+        doing: The stage under way.
         stages: Seconds and peak resident bytes of each stage.
         metrics: Figures by name; those of an evaluation hold value, standard error and n.
     """
@@ -50,6 +53,8 @@ class RunRecord:
     error: str | None = None
     started: str = ""
     ended: str | None = None
+    job: str | None = None
+    doing: str | None = None
     code: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
@@ -75,10 +80,12 @@ class RunRecord:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage and notes the process's peak memory during it."""
+        self.doing = name
         _reset_peak_memory()
         start = time.perf_counter()
         yield
         seconds = round(time.perf_counter() - start, 3)
+        self.doing = None
         self.stages[name] = {"seconds": seconds, "peak_resident_bytes": _peak_resident_bytes()}
         if torch.cuda.is_available():
             self.stages[name]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
@@ -98,6 +105,7 @@ def new_record(config: ExperimentConfig) -> RunRecord:
         config=config.model_dump(),
         seed=config.seed,
         started=_now(),
+        job=_cluster_job(),
         code={"version": __version__, **_code_version()},
         packages=_package_versions(),
         hardware={
@@ -154,9 +162,7 @@ class RunLock:
             UserError: If another live program holds it.
         """
         self._file: IO[str] = (folder / "run.lock").open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _take(self._file):
             self._file.seek(0)
             holder = self._file.read().strip() or "another program"
             self._file.close()
@@ -170,6 +176,19 @@ class RunLock:
     def release(self) -> None:
         """Frees the lock."""
         self._file.close()
+
+
+def _take(file: IO[str], seconds: float = 1.0) -> bool:
+    """Whether the lock could be had; ``scripts/status.py`` looks at it for a moment now and then."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
 
 
 def _reset_peak_memory() -> None:
@@ -199,6 +218,12 @@ def finish(record: RunRecord, folder: Path, status: str = "finished", error: str
     record.error = error
     record.ended = _now()
     record.write(folder)
+
+
+def _cluster_job() -> str | None:
+    """Slurm's number of this job, as its commands write it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _code_version() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lora_one.config import ExperimentConfig
-from lora_one.errors import RunError, UserError
+from lora_one.errors import PrunedError, RunError, UserError
 from lora_one.files import write_text
 from lora_one.interruption import Unfinished
 from lora_one.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -62,6 +62,16 @@ class Run:
         """Whether an earlier start has finished this run."""
         return self.previous is not None and self.previous["status"] == "finished"
 
+    def was_pruned(self, config: ExperimentConfig) -> bool:
+        """Whether an earlier start was pruned by a limit that prunes it now too."""
+        limit, previous = config.model.prune_above, self.previous
+        return (
+            previous is not None
+            and previous["status"] == "pruned"
+            and limit is not None
+            and previous["metrics"]["validation_loss"] > limit
+        )
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage, prints its time once, and stores the record after it.
@@ -71,6 +81,7 @@ class Run:
         """
         try:
             with self.record.stage(name):
+                self.save()
                 yield
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
@@ -108,6 +119,8 @@ class Run:
                     shutil.rmtree(self.folder / served, ignore_errors=True)
             elif self._created and isinstance(error, UserError) and not self.has_progress():
                 shutil.rmtree(self.folder, ignore_errors=True)
+            elif isinstance(error, PrunedError):
+                finish(self.record, self.folder, "pruned", str(error))
             elif self.record.status != "finished":  # a signal may come while the finished run is closed
                 self._end_early(error)
         if self._lock is not None:
@@ -154,7 +167,7 @@ class Run:
         record = new_record(config)
         if self.previous is None:
             return record
-        if self.is_finished:
+        if self.is_finished or self.was_pruned(config):
             return RunRecord(**{name: value for name, value in self.previous.items() if name in vars(record)})
         stored = self.previous
         record.data, record.model = stored["data"], stored["model"]

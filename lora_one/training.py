@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lora_one.budget import check_packing, micro_batch_limits
-from lora_one.callbacks import AdaLora, EarlyStopping, KeepBest, Log, Progress, best_step
+from lora_one.callbacks import AdaLora, EarlyStopping, KeepBest, Log, Progress, PruneAbove, best_step
 from lora_one.checkpoints import broken_file, last_checkpoint, partial_folder, step_of, whole_checkpoint
 from lora_one.config import ExperimentConfig, ModelConfig
 from lora_one.data.batches import Batch, Limits, WindowLoader, WindowSampler, collate_slots, split_window
@@ -45,6 +45,7 @@ class TrainResult:
 
     ``escalated_dampings``: r x r matrices that a preconditioned optimiser had to damp by more than δ; None
     with the others. ``best_step``: the step that the weights are of with ``model.keep_best``, else None.
+    ``stopped_early``: by ``model.early_stopping_patience``. ``pruned``: why ``model.prune_above`` ended it.
     """
 
     n_steps: int
@@ -55,6 +56,8 @@ class TrainResult:
     resumed_from_step: int
     escalated_dampings: int | None = None
     best_step: int | None = None
+    stopped_early: bool = False
+    pruned: str | None = None
 
 
 def plan_training(n_examples: int, config: ModelConfig) -> TrainPlan:
@@ -152,11 +155,12 @@ def train(
     else:
         with stop.deferring(), closing(progress), faster(model, config.model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if processes.is_main and not stop.stopped:
+            if processes.is_main and not stop.stopped and not _pruned(callbacks):
                 write_text(done_file, json.dumps({"step": trainer.state.global_step}))
     seconds = time.perf_counter() - start
+    pruned = _pruned(callbacks)
     history, last_loss = trainer.state.log_history, _final_validation_loss(trainer)
-    best = best_step(history) if config.model.keep_best else None
+    best = best_step(history) if config.model.keep_best and pruned is None else None
     if best not in (None, trainer.state.global_step):
         _load_best(trainer, folder / "checkpoints" / f"checkpoint-{best}")
     return TrainResult(
@@ -168,7 +172,14 @@ def train(
         resumed_from_step=resumed_from,
         escalated_dampings=_escalated(trainer, checkpoint),
         best_step=best,
+        stopped_early=pruned is None and trainer.state.global_step < plan.n_steps,
+        pruned=pruned,
     )
+
+
+def _pruned(callbacks: Sequence[TrainerCallback]) -> str | None:
+    (reason,) = [callback.reason for callback in callbacks if isinstance(callback, PruneAbove)] or [None]
+    return reason
 
 
 def _sampler(
@@ -190,6 +201,8 @@ def _asked_for(config: ExperimentConfig) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = []
     if config.model.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(config.model.early_stopping_patience))
+    if config.model.prune_above is not None:
+        callbacks.append(PruneAbove(config.model.prune_above))
     if config.model.keep_best:
         callbacks.append(KeepBest())
     if config.peft.adalora:

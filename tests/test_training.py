@@ -187,6 +187,7 @@ def test_early_stopping(tmp_path):
     assert result.n_steps == 3 * 6  # the first validation loss, and two that are no better
     _, again = fit(tmp_path, settings)
     assert again.n_steps == 3 * 6
+    assert result.stopped_early and again.stopped_early
 
 
 def test_several_visible_gpus_do_not_replicate_the_model(tmp_path):
