@@ -84,7 +84,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
         train(config, model, data, loaded, tracker, run)
         export_adapter(config, model, inits, run)
         evaluate("test", config, model, data, loaded, run)
-        run_benchmarks(config, model, loaded, run)
+        run_benchmarks(config.eval.tasks, config, model, loaded, run)
         tracker.summarise(run.record.figures())
     if run.processes.is_main:
         export_merged(config, model, loaded, run)
@@ -124,19 +124,19 @@ def evaluate(
     name: str, config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, run: Run
 ) -> None:
     """The test split graded, stored under ``name``."""
-    if config.eval.task is None or not data.texts.test or name in run.record.metrics:
+    if config.eval.task is None or not data.texts.test:
         return
-    if name == "test_before" and not config.eval.before_training:
+    if name == "test_before" and (name in run.record.metrics or not config.eval.before_training):
         return
     with run.stage(name):
         keep_result(name, grade(config, model, data.texts.test, loaded, run, name), config, run)
 
 
-def run_benchmarks(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run) -> None:
-    """The benchmarks of ``eval.tasks`` that the record does not have yet, on the model as it stands."""
-    for name in config.eval.tasks:
-        if name in run.record.metrics:
-            continue
+def run_benchmarks(
+    names: Sequence[str], config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run
+) -> None:
+    """Benchmarks on the model as it stands."""
+    for name in names:
         folder = run.folder / "answers" / name
         if run.processes.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -364,11 +364,10 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     run.processes.say(f"{run.folder}: this run is finished, adding what is new")
     data, loaded = load(config, run)
     if wants_test or asked:
-        for name in ["test"] * wants_test + asked:
-            run.record.metrics.pop(name, None)
         trained = portable.load_trained(loaded, run.folder)
-        evaluate("test", config, trained, data, loaded, run)
-        run_benchmarks(config, trained, loaded, run)
+        if wants_test:
+            evaluate("test", config, trained, data, loaded, run)
+        run_benchmarks(asked, config, trained, loaded, run)
     if run.processes.is_main:
         if wants_merged:
             export_merged(config, None, loaded, run)
