@@ -4,8 +4,9 @@
     python run_exp.py -m ++init.direction=LoRA-One seed=0,1   a sweep
     python run_exp.py dataset=meta_math dry_run=true          the plan, without loading any weights
 
-It exits with 0 when all is done, 1 on a failure, 2 on bad input, 130 on Ctrl-C, and with 75 when SIGTERM or
-SIGUSR1 asked it to stop: the run is unfinished then, and the same command goes on.
+It exits with 0 when all is done, 1 on a failure, 2 on bad input, 130 on Ctrl-C, with 75 when SIGTERM or
+SIGUSR1 asked it to stop: the run is unfinished then, and the same command goes on; and with 76 when
+another program is making the run, and nothing else went wrong.
 
 ``run_experiment`` is the way of one experiment, a line a stage; the stages follow it in order, and
 after them how a launch begins and ends.
@@ -43,7 +44,7 @@ from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.data.specs import Example
 from lora_one.digests import file_digest
-from lora_one.errors import RunError, UserError
+from lora_one.errors import BusyError, RunError, UserError
 from lora_one.files import is_disk_full, write_text
 from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
 from lora_one.gradients import GradientEstimate, estimate_gradient
@@ -61,7 +62,7 @@ from lora_one.sample import gradient_batches, sample_indices
 from lora_one.tracking import Tracker, check_tensorboard
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, BUSY, INTERRUPTED = 1, 2, 76, 130
 
 
 def run_experiment(config: ExperimentConfig, run: Run) -> None:
@@ -423,7 +424,7 @@ def job(composed: DictConfig, exit_codes: list[int]) -> None:
         exit_codes.append(0)
     except UserError as error:
         complain(str(error))
-        exit_codes.append(BAD_INPUT)
+        exit_codes.append(BUSY if isinstance(error, BusyError) else BAD_INPUT)
     except Exception as error:
         explain(error, Path(composed.results_dir))
         exit_codes.append(FAILED)
@@ -505,7 +506,7 @@ def main() -> None:
     failed = sum(code != 0 for code in exit_codes)
     if failed and len(exit_codes) > 1:
         print(f"error: {failed} of {len(exit_codes)} jobs failed", file=sys.stderr)
-    sys.exit(max(exit_codes, default=0))
+    sys.exit(max([code for code in exit_codes if code not in (0, BUSY)] or exit_codes, default=0))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ class UserError(ValueError):
     """Bad input. The message is one line that names what, where and the remedy."""
 
 
+class BusyError(UserError):
+    """Another program is making this run; trying again later is all there is to do."""
+
+
 class RunError(RuntimeError):
     """A run that the machine could not carry on, whatever the input; one line too, and its record is kept."""
 
