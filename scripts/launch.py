@@ -1,6 +1,6 @@
 """``accelerate launch`` that ends with its program's exit code, which the launcher itself turns into 1.
 
-    python scripts/launch.py --config_file accelerate_config.yaml run_exp.py seed=1
+python scripts/launch.py --config_file accelerate_config.yaml run_exp.py seed=1
 """
 
 import sys

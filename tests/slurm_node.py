@@ -1,11 +1,12 @@
-"""A real Slurm cluster of one node under a folder of its own, started by hand, as root or as an ordinary user.
+"""A real Slurm cluster of one node in a folder of its own, started by hand, as root or ordinary user.
 
     python tests/slurm_node.py install         # Debian or Ubuntu, as root; nothing to do where Slurm is there
     python tests/slurm_node.py start /tmp/s1   # prints what a shell needs: export SLURM_CONF=...
     python tests/slurm_node.py stop /tmp/s1
 
-The node has two CPUs and two GPUs, which are devices of other kinds. Partition ``high`` takes them from partition
-``low``, which gives its jobs ten seconds. The folder's name must be short: a socket's path ends at about 100 letters.
+The node has two CPUs and two GPUs, which are devices of other kinds. Partition ``high`` takes them from
+partition ``low``, which gives its jobs ten seconds. The folder's name must be short: a socket's path ends at
+about 100 letters.
 """
 
 import getpass
@@ -54,7 +55,7 @@ SelectTypeParameters=CR_Core_Memory
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=5
+MinJobAge=3600
 EnforcePartLimits=ALL
 ReturnToService=2
 GresTypes=gpu
@@ -79,7 +80,9 @@ def install() -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise SystemExit(f"Slurm is not installed ({missing[0]} is missing); installing it needs apt-get and root")
+        raise SystemExit(
+            f"Slurm is not installed ({missing[0]} is missing); installing it needs apt-get and root"
+        )
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm"]):
         done = subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, text=True)
@@ -113,8 +116,16 @@ class SlurmNode:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        self._run("munged", "--force", *(f"--{name}={self.folder}/munge.{end}" for name, end in files.items()))
+        files = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
+        self._run(
+            "munged", "--force", *(f"--{name}={self.folder}/munge.{end}" for name, end in files.items())
+        )
         self._run("slurmctld", "-c")
         self.start_slurmd()
 
