@@ -12,7 +12,7 @@ test: $(VENV)/.dev ## all tests
 
 test-slurm: $(VENV)/.dev ## the tests on a Slurm node of their own, installed where that can be done
 	$(BIN)/python tests/slurm_node.py install
-	$(BIN)/python -m pytest -n 0 -m slurm tests/test_slurm.py
+	$(BIN)/python -m pytest -s -n 0 -m slurm --durations=10 tests/test_slurm.py
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

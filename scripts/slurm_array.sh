@@ -160,7 +160,7 @@ make_run() {
   fi
   # Slurm is told by the exit code of the program itself, so that a failed run is a failed task.
   set -- "$PYTHON" "${launch[@]}" run_exp.py "${@:2}" "${words[@]}"
-  say "job $task on $(hostname), line $line of $file, start $((${SLURM_RESTART_COUNT:-0} + 1)): ${*@Q}"
+  say "job $task on $HOSTNAME, line $line of $file, start $((${SLURM_RESTART_COUNT:-0} + 1)): ${*@Q}"
   run "$@"
   code=$?
   if ((code == BUSY)); then

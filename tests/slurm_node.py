@@ -128,15 +128,15 @@ class SlurmNode:
         )
         self._run("slurmctld", "-c")
         self.start_slurmd()
-
-    def start_slurmd(self) -> None:
-        """Starts the node's own daemon."""
-        self._run("slurmd")
         deadline = time.monotonic() + 30
         while self.command("sinfo", "--noheader", "--format=%t").split() != ["idle"]:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the node does not become idle; see {self.folder}/slurmd.log")
             time.sleep(0.2)
+
+    def start_slurmd(self) -> None:
+        """Starts the node's own daemon; jobs that wait may start at once."""
+        self._run("slurmd")
 
     def fail(self) -> None:
         """Ends the node's daemon and all that it started on the spot, as a power failure does."""

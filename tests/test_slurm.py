@@ -245,19 +245,21 @@ def test_a_signalled_task_comes_back_and_a_killed_one_by_hand(cluster, whole):
     cluster.doc("scancel --signal=USR1 --batch 17_3", array, 2)
     (pid,) = re.findall(r"process (\d+) on", (killed / "run.lock").read_text())
     os.kill(int(pid), signal.SIGKILL)
-    tasks = cluster.wait_for_end(array, 1, 2)
-    assert (tasks[1]["JobState"], tasks[1]["ExitCode"], tasks[1]["Restarts"]) == ("FAILED", "137:0", "0")
-    assert (tasks[2]["JobState"], tasks[2]["ExitCode"], tasks[2]["Restarts"]) == ("COMPLETED", "0:0", "1")
-    assert_went_on(cluster, asked, whole, f"{array}_2")
-    log = (cluster.folder / f"slurm-{array}_2.out").read_text()
-    assert "stopped by SIGUSR1 after step" in log
-    assert re.search("unfinished .exit code 75.; back in the queue.*start 2: ", log, re.DOTALL)
+    task = cluster.wait_for_end(array, 1)[1]
+    assert (task["JobState"], task["ExitCode"], task["Restarts"]) == ("FAILED", "137:0", "0")
     assert cluster.state("killed") == "dead"
     cluster.run("ln -s killed results")
     assert "1 dead" in cluster.doc("python scripts/status.py results --state dead,failed,unfinished")
     cluster.doc("scontrol requeue 17_3", array, 1)
-    assert cluster.wait_for_end(array, 1)[1]["JobState"] == "COMPLETED"
+    tasks = cluster.wait_for_end(array, 1, 2)
+    assert {(t["JobState"], t["ExitCode"], t["Restarts"]) for t in tasks.values()} == {
+        ("COMPLETED", "0:0", "1")
+    }
+    assert_went_on(cluster, asked, whole, f"{array}_2")
     assert_went_on(cluster, killed, whole, f"{array}_1")
+    log = (cluster.folder / f"slurm-{array}_2.out").read_text()
+    assert "stopped by SIGUSR1 after step" in log
+    assert re.search("unfinished .exit code 75.; back in the queue.*start 2: ", log, re.DOTALL)
 
 
 def test_a_preempted_task_comes_back(cluster, whole):

@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, load_script, run_program
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the bash of a Linux, 4.4 or newer")
 SCRIPT = ROOT / "scripts" / "slurm_array.sh"
 # Writes its arguments down, and ends as PROGRAM says.
 PROGRAM = """
