@@ -106,7 +106,7 @@ class SlurmNode:
         """Starts munged, slurmctld and slurmd, and waits until the node is idle."""
         for name in ("state", "spool"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        node, user = socket.gethostname().split(".")[0], getpass.getuser()
+        node, user = node_name(), getpass.getuser()
         settings = {"folder": self.folder, "node": node, "user": user}
         ports = free_ports(2)
         config = CONFIG.format(**settings, controller_port=ports[0], node_port=ports[1])
@@ -135,14 +135,18 @@ class SlurmNode:
             time.sleep(0.2)
 
     def start_slurmd(self) -> None:
-        """Starts the node's own daemon; jobs that wait may start at once."""
+        """Starts the node's own daemon, which brings a failed node back; jobs that wait may start at once."""
         self._run("slurmd")
 
     def fail(self) -> None:
-        """Ends the node's daemon and all that it started on the spot, as a power failure does."""
+        """Ends the node's daemon and all that it started on the spot, as a power failure does.
+
+        Slurm is told at once that the node is down; by itself it would wait for ``SlurmdTimeout``.
+        """
         pids = list(self._pids("slurmd")) + self._job_pids()
         for pid in pids:
             kill(pid, signal.SIGKILL)
+        self.command("scontrol", "update", f"NodeName={node_name()}", "State=DOWN", "Reason=failed")
 
     def stop(self) -> None:
         """Ends all jobs and daemons of this cluster."""
@@ -197,6 +201,11 @@ class SlurmNode:
             if is_ours and (is_of_job or "slurmstepd" in command_line(pid)) and pid != os.getpid():
                 found.append(pid)
         return found
+
+
+def node_name() -> str:
+    """What slurmd takes itself for."""
+    return socket.gethostname().split(".")[0]
 
 
 def free_ports(n: int) -> list[int]:
