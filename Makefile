@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint sweep clean
+.PHONY: run test test-slurm lint sweep clean
 
 run: $(VENV)/.run ## the embedded experiment: install, train, evaluate
 	$(BIN)/python run_exp.py
 
 test: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest
+
+test-slurm: $(VENV)/.dev ## the tests on a Slurm node of their own, installed where that can be done
+	$(BIN)/python tests/slurm_node.py install
+	$(BIN)/python -m pytest -s -n 0 -m slurm --durations=10 $(PYTEST_FLAGS) tests/test_slurm.py
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@
     python run_exp.py -m ++init.direction=LoRA-One seed=0,1   a sweep
     python run_exp.py dataset=meta_math dry_run=true          the plan, without loading any weights
 
-It exits with 0 when all is done, 1 on a failure, 2 on bad input, 130 on Ctrl-C, and with 75 when SIGTERM or
-SIGUSR1 asked it to stop: the run is unfinished then, and the same command goes on.
+It exits with 0 when all is done, 1 on a failure, 2 on bad input, 130 on Ctrl-C, with 75 when SIGTERM or
+SIGUSR1 asked it to stop: the run is unfinished then, and the same command goes on; and with 76 when
+another program is making the run, and nothing else went wrong.
 
 ``run_experiment`` is the way of one experiment, a line a stage; the stages follow it in order, and
 after them how a launch begins and ends.
@@ -45,7 +46,7 @@ from lora_one.data.custom import spec_of
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.data.specs import Example
 from lora_one.digests import file_digest
-from lora_one.errors import DivergedError, PrunedError, RunError, UserError
+from lora_one.errors import BusyError, DivergedError, PrunedError, RunError, UserError
 from lora_one.files import is_disk_full, write_text
 from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
 from lora_one.gradients import GradientEstimate, estimate_gradient
@@ -64,7 +65,7 @@ from lora_one.sample import gradient_batches, sample_indices
 from lora_one.tracking import Tracker, check_tensorboard
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, BUSY, INTERRUPTED = 1, 2, 76, 130
 
 
 def run_experiment(config: ExperimentConfig, run: Run) -> None:
@@ -457,6 +458,9 @@ def job(composed: DictConfig) -> float | None:
         sweeps.join_cluster_job()
         with heeding_signals():  # here for launchers that do not come by main
             start(composed, outcome)
+    except BusyError as error:
+        complain(str(error))
+        outcome.stop(str(error), BUSY, "busy")
     except UserError as error:
         complain(str(error))
         outcome.fail(str(error), BAD_INPUT, math.inf if isinstance(error, DivergedError) else None)
@@ -580,10 +584,12 @@ def main() -> None:
     sweeps.set_journal(sweeps.Journal())
     code = launch_jobs()
     outcomes = sweeps.journal().close()
-    failed = sum(outcome.exit_code not in (0, UNFINISHED) for outcome in outcomes)
-    if failed and len(outcomes) > 1:
-        print(f"error: {failed} of {len(outcomes)} jobs failed", file=sys.stderr)
-    sys.exit(code or max((outcome.exit_code for outcome in outcomes), default=0))
+    codes = [outcome.exit_code for outcome in outcomes]
+    failed = sum(code not in (0, UNFINISHED, BUSY) for code in codes)
+    if failed and len(codes) > 1:
+        print(f"error: {failed} of {len(codes)} jobs failed", file=sys.stderr)
+    # Whoever tries again because of a busy run would try a failing one again too.
+    sys.exit(code or max([code for code in codes if code not in (0, BUSY)] or codes, default=0))
 
 
 if __name__ == "__main__":

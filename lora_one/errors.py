@@ -7,6 +7,10 @@ class UserError(ValueError):
     """Bad input. The message is one line that names what, where and the remedy."""
 
 
+class BusyError(UserError):
+    """Another program is making this run; trying again later is all there is to do."""
+
+
 class DivergedError(UserError):
     """A training whose loss or gradient is no number any more: to a sweep, the worst of settings."""
 

@@ -24,7 +24,7 @@ import torch
 
 from lora_one import __version__
 from lora_one.config import ExperimentConfig, Section, result_identity
-from lora_one.errors import UserError
+from lora_one.errors import BusyError, UserError
 from lora_one.files import write_text
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "numpy")
@@ -159,14 +159,14 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-            UserError: If another live program holds it.
+            BusyError: If another live program holds it.
         """
         self._file: IO[str] = (folder / "run.lock").open("a+")
         if not _take(self._file):
             self._file.seek(0)
             holder = self._file.read().strip() or "another program"
             self._file.close()
-            raise UserError(
+            raise BusyError(
                 f"{folder}: this run is being made by {holder}; wait for it, or stop it"
             ) from None
         self._file.truncate(0)

@@ -34,7 +34,8 @@ class Run:
         """Takes the run's folder.
 
         Raises:
-            UserError: If it cannot be written, or another program is at work in it.
+            UserError: If it cannot be written.
+            BusyError: If another program is at work in it.
         """
         self.processes = processes
         self.folder = Path(config.results_dir) / run_id(config)

@@ -76,7 +76,7 @@ class Outcome:
     Attributes:
         number: Of the job in its sweep; 0 where there is none.
         overrides: Those of the command line, with this job's choices.
-        state: ``running``, ``planned`` (a dry run), or the status of its record at the end.
+        state: ``running``, ``planned`` (a dry run), ``busy`` (another program makes it), or the status of its record at the end.
         exit_code: What the program would exit with if it had run this job alone.
         run_id: None where the configuration was refused.
         objective: What a sweeper is told: the validation loss, infinite where the run was pruned or its loss
@@ -109,9 +109,9 @@ class Outcome:
         """The job ended with an error."""
         self.state, self.error, self.exit_code, self.objective = "failed", error, exit_code, objective
 
-    def stop(self, reason: str, exit_code: int) -> None:
-        """The job was asked to stop, or not to begin."""
-        self.state, self.error, self.exit_code = "unfinished", reason, exit_code
+    def stop(self, reason: str, exit_code: int, state: str = "unfinished") -> None:
+        """The job was asked to stop, or not to begin; or is another program's (``busy``)."""
+        self.state, self.error, self.exit_code = state, reason, exit_code
 
 
 class Journal(Callback):

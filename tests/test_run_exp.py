@@ -361,9 +361,11 @@ def test_two_programs_in_one_run_folder_are_refused(cli, tmp_path):
     folder = only_run(tmp_path)
     lock = RunLock(folder)
     done = cli(*SHORT)
+    sweep = cli("-m", *SHORT, "model.learning_rate=1e-3,-1")
     lock.release()
-    assert done.returncode == 2
+    assert done.returncode == 76
     assert f"this run is being made by process {os.getpid()}" in done.stderr
+    assert sweep.returncode == 2  # bad input in a sweep counts for more
 
 
 @pytest.mark.slow
