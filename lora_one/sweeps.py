@@ -76,7 +76,8 @@ class Outcome:
     Attributes:
         number: Of the job in its sweep; 0 where there is none.
         overrides: Those of the command line, with this job's choices.
-        state: ``running``, ``planned`` (a dry run), ``busy`` (another program makes it), or the status of its record at the end.
+        state: ``running``, ``planned`` (a dry run), ``busy`` (another program makes it), or the status of
+            its record at the end.
         exit_code: What the program would exit with if it had run this job alone.
         run_id: None where the configuration was refused.
         objective: What a sweeper is told: the validation loss, infinite where the run was pruned or its loss
