@@ -51,6 +51,8 @@ def test_the_table_is_made(cli, tmp_path):
     sweep = next(c for c in COMMANDS if "-m" in c)
     assert cli(*sweep[2:], *SHORT, f"results_dir={tmp_path}/results").returncode == 0
     script = next(c for c in COMMANDS if "make_table" in c[1])
+    shown = next(c for c in COMMANDS if "status" in c[1])
+    assert "12 finished" in run_program(sys.executable, shown[1], f"{tmp_path}/results").stdout
     done = run_program(sys.executable, script[1], f"{tmp_path}/results")
     assert done.returncode == 0, done.stderr
     for method in ("lora ", "LoRA-GA", "LoRA-One", "full-ft"):
@@ -77,4 +79,5 @@ def test_every_command_is_tested():
         "python run_exp.py",
         "accelerate launch",
         "python scripts/make_table.py",
+        "python scripts/status.py",
     }
