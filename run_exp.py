@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from eval.generation import Decoding
+from eval.engine.generation import Decoding
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from eval.tasks import GRADERS, check_benchmarks, find_task

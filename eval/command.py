@@ -15,9 +15,9 @@ from peft import PeftModel
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from eval.engine.vllm_backend import VllmModel
 from eval.results import EvalResult, Figure
 from eval.subject import Request, Subject
-from eval.vllm_backend import VllmModel
 from lora_one.adapters import check_adapter
 from lora_one.config import ModelConfig, WandbConfig
 from lora_one.digests import weights_fingerprint

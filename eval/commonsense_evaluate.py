@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.commonsense import ALL, GREEDY, PUBLISHED, SETS, grade_sets, read_sets
 from eval.command import evaluate_program, make_parser, run_program
-from eval.commonsense import ALL, GREEDY, PUBLISHED, SETS, grade_sets, read_sets
 from lora_one.errors import UserError, nearest
 
 

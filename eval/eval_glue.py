@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.labels import grade_labels
 from eval.command import evaluate_program, make_parser, run_program
-from eval.labels import grade_labels
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from lora_one.data.loading import held_out_examples

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.gsm8k import PROMPT, grade_numbers, read_problems
 from eval.command import evaluate_program, make_parser, positive, run_program
-from eval.generation import Decoding
-from eval.gsm8k import PROMPT, grade_numbers, read_problems
+from eval.engine.generation import Decoding
 
 
 def main(arguments: list[str]) -> None:

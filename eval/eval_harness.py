@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{flag}={path}: no such file or folder")
     if options.data is not None and options.include_path is not None:
         raise UserError("--data and --include_path: give one of them")
-    from eval import harness  # takes seconds
+    from eval.benchmarks import harness  # takes seconds
 
     tasks = harness.load_tasks(names, options.data or options.include_path)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.execution import add_execution_flags, chosen_limits
+from eval.benchmarks.humaneval import Sampling, containment, sample_and_run, sample_only
 from eval.command import evaluate_program, make_parser, output_folder, positive, run_program
-from eval.execution import add_execution_flags, chosen_limits
-from eval.humaneval import Sampling, containment, sample_and_run, sample_only
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from lora_one.errors import UserError

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.mmlu import examine
+from eval.benchmarks.mmlu_data import read_exams
+from eval.benchmarks.mmlu_subjects import SUBJECTS
 from eval.command import evaluate_program, make_parser, run_program
-from eval.mmlu import examine
-from eval.mmlu_data import read_exams
-from eval.mmlu_subjects import SUBJECTS
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 

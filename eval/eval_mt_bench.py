@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.mt_bench import TEMPLATES, mt_bench, read_questions
 from eval.command import evaluate_program, make_parser, output_folder, positive, run_program
-from eval.mt_bench import TEMPLATES, mt_bench, read_questions
 from eval.results import EvalResult
 from eval.subject import Request, Subject
 from lora_one.files import write_text

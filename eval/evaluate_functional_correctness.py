@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.benchmarks.execution import add_execution_flags, chosen_limits
+from eval.benchmarks.humaneval import read_problems, read_samples, run_samples
 from eval.command import positive, print_figures, run_program
-from eval.execution import add_execution_flags, chosen_limits
-from eval.humaneval import read_problems, read_samples, run_samples
 from eval.sandbox.outside import find_sandbox
 from lora_one.files import write_text
 

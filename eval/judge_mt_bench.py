@@ -17,9 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.command import positive, run_program
-from eval.endpoint import Endpoint
-from eval.judge import (
+from eval.benchmarks.endpoint import Endpoint
+from eval.benchmarks.judge import (
     NO_RATING,
     OWN_PROMPTS,
     Match,
@@ -30,7 +29,8 @@ from eval.judge import (
     read_answers,
     read_prompts,
 )
-from eval.mt_bench import TEMPERATURES, hub_file, read_questions
+from eval.benchmarks.mt_bench import TEMPERATURES, hub_file, read_questions
+from eval.command import positive, run_program
 from eval.results import EvalResult, Figure
 from lora_one.errors import UserError
 from lora_one.files import write_text

@@ -8,13 +8,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eval.commonsense import ALL, SETS, commonsense, grade_words, read_sets
-from eval.generation import Decoding
-from eval.gsm8k import grade_numbers, gsm8k
-from eval.humaneval import humaneval
-from eval.labels import grade_labels
-from eval.mmlu import mmlu
-from eval.mt_bench import mt_bench
+from eval.benchmarks.commonsense import ALL, SETS, commonsense, grade_words, read_sets
+from eval.benchmarks.gsm8k import grade_numbers, gsm8k
+from eval.benchmarks.humaneval import humaneval
+from eval.benchmarks.labels import grade_labels
+from eval.benchmarks.mmlu import mmlu
+from eval.benchmarks.mt_bench import mt_bench
+from eval.engine.generation import Decoding
 from eval.results import EvalResult
 from eval.sandbox.outside import Limits, find_sandbox
 from eval.subject import Request, Subject
@@ -63,7 +63,7 @@ def find_task(name: str) -> Task:
 
 
 def _harness(subject: Subject, request: Request, *, name: str) -> EvalResult:
-    from eval.harness import harness  # takes seconds
+    from eval.benchmarks.harness import harness  # takes seconds
 
     return harness(subject, request, [name])
 
@@ -79,7 +79,7 @@ def check_benchmarks(names: Sequence[str], data: Mapping[str, str]) -> None:
         if name in LOCAL:
             LOCAL[name](Path(data[name]) if name in data else None)
         if name.startswith(HARNESS):
-            from eval.harness import check_names  # takes seconds
+            from eval.benchmarks.harness import check_names  # takes seconds
 
             check_names([name.removeprefix(HARNESS)], Path(data[name]) if name in data else None)
     if "humaneval" in names:

@@ -8,7 +8,7 @@ Compared, all greedy, with at most 512 new tokens:
     published    transformers' generate, one prompt at a time, as the published program does; with
                  --every N on each N-th prompt only, which does not change its rate
     plain        transformers' generate in left-padded batches of 32, in the file's order
-    ours         eval/generation.py, as all benchmarks here use it
+    ours         eval/engine/generation.py, as all benchmarks here use it
 
 All three have to give the same texts, or the program ends with an error: run it in float32. Each round
 runs every method once, from text to text, each round beginning with another; shown are medians of the
@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.decoding import until_end
-from eval.generation import Decoding, generate
+from eval.engine.decoding import until_end
+from eval.engine.generation import Decoding, generate
 from eval.subject import Request, Subject
 from lora_one import training
 from lora_one.config import ExperimentConfig, ModelConfig, WandbConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ALONE, EMBEDDED, ROOT, SHARED, run_program
 
-from eval.commonsense import (
+from eval.benchmarks.commonsense import (
     ALL,
     PUBLISHED,
     SETS,
@@ -18,7 +18,7 @@ from eval.commonsense import (
     paper_word,
     read_sets,
 )
-from eval.generation import Generated
+from eval.engine.generation import Generated
 from eval.subject import Request, Subject
 from eval.tasks import TASKS, check_benchmarks
 from lora_one.data.specs import Example
@@ -151,7 +151,7 @@ def test_several_sets_are_averaged_each_the_same(tokenizer, monkeypatch, tmp_pat
         word = "ending1" if is_large else "TRUE"
         return Generated([f"the correct answer is {word}"] * len(prompts), {})
 
-    monkeypatch.setattr("eval.commonsense.generate_counted", reply)
+    monkeypatch.setattr("eval.benchmarks.commonsense.generate_counted", reply)
     sets = {
         "boolq": [Example(f"boolq {i}", "", "true" if i else "false", str(i)) for i in range(4)],
         "hellaswag": [Example(f"hellaswag {i}", "", f"ending{i % 4 + 1}", str(i)) for i in range(16)],
@@ -183,7 +183,7 @@ def test_several_sets_are_averaged_each_the_same(tokenizer, monkeypatch, tmp_pat
 
 def test_a_silent_model_is_wrong_and_counted(tokenizer, monkeypatch):
     made = Generated(["answer2", "I do not know", "option1"], {"answered by greedy beams": 2})
-    monkeypatch.setattr("eval.commonsense.generate_counted", lambda *_: made)
+    monkeypatch.setattr("eval.benchmarks.commonsense.generate_counted", lambda *_: made)
     examples = [Example(str(i), "", answer, "") for i, answer in enumerate(("answer2", "false", "option1"))]
     result = grade_words(nobody(tokenizer), examples, Request())
     assert (result.figure.value, result.counts) == (

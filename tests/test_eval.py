@@ -5,8 +5,8 @@ import torch
 from conftest import ALONE, EMBEDDED
 from transformers import AutoModelForCausalLM
 
-from eval.generation import Decoding, generate
-from eval.gsm8k import grade_numbers
+from eval.benchmarks.gsm8k import grade_numbers
+from eval.engine.generation import Decoding, generate
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
 from lora_one.data.tiny import problems

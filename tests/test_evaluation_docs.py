@@ -16,8 +16,8 @@ from conftest import EMBEDDED, ROOT, run_program, save_small_t5
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from eval.benchmarks.mmlu_subjects import SUBJECTS
 from eval.command import run_program as run_main
-from eval.mmlu_subjects import SUBJECTS
 from lora_one.data.tiny import problems
 
 PAGE = (ROOT / "docs/evaluation.md").read_text()

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from eval import continuous
-from eval.answers import AnswerStore, weights_digest
 from eval.command import load_subject, make_parser
-from eval.decoding import Decoding, StopWatch, before_stop, next_tokens, uniforms, until_end
-from eval.generation import encode_prompts, generate, generate_counted
-from eval.row_cache import Columns, n_cache_layers
+from eval.engine.answers import AnswerStore, weights_digest
+from eval.engine.decoding import Decoding, StopWatch, before_stop, next_tokens, uniforms, until_end
+from eval.engine.generation import encode_prompts, generate, generate_counted
+from eval.engine.row_cache import Columns, n_cache_layers
 from eval.subject import Request, Subject
 from lora_one.data.tiny import problems
 from lora_one.errors import UserError

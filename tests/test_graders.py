@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ALONE, SHARED
 
-from eval.generation import Generated
-from eval.graders import last_number, normalised_number, paper_number
-from eval.gsm8k import grade_numbers, read_problems
+from eval.benchmarks.graders import last_number, normalised_number, paper_number
+from eval.benchmarks.gsm8k import grade_numbers, read_problems
+from eval.engine.generation import Generated
 from eval.subject import Request, Subject
 from eval.tasks import GRADERS, TASKS
 from lora_one.config import EvalConfig
@@ -247,7 +247,7 @@ def test_every_real_reference_is_read_and_paper_misreads_those_with_commas_and_s
 
 def graded(tokenizer, monkeypatch, examples, replies):
     monkeypatch.setattr(
-        "eval.gsm8k.generate_counted", lambda *_, **__: Generated(replies, {"prompts cut": 1})
+        "eval.benchmarks.gsm8k.generate_counted", lambda *_, **__: Generated(replies, {"prompts cut": 1})
     )
     return grade_numbers(Subject(torch.nn.Identity(), tokenizer, ALONE), examples, Request())
 

@@ -15,9 +15,8 @@ import torch
 from conftest import ALONE, EMBEDDED, ROOT, SHARED, only_run, run_program
 
 from eval import eval_humaneval, evaluate_functional_correctness
-from eval.execution import Trial, run_trials
-from eval.generation import Decoding
-from eval.humaneval import (
+from eval.benchmarks.execution import Trial, run_trials
+from eval.benchmarks.humaneval import (
     Problem,
     Sampling,
     check_k,
@@ -28,7 +27,8 @@ from eval.humaneval import (
     read_problems,
     read_samples,
 )
-from eval.programs import completion_of, defines_function
+from eval.benchmarks.programs import completion_of, defines_function
+from eval.engine.generation import Decoding
 from eval.sandbox.outside import Limits, Outcome, Sandbox, find_sandbox
 from eval.subject import Request, Subject
 from lora_one.errors import UserError
@@ -288,8 +288,8 @@ def answers(*rights: bool):
 
 
 def test_the_benchmark_counts_and_keeps_everything(monkeypatch, own_file, tmp_path, sandbox):
-    monkeypatch.setattr("eval.humaneval.generate", answers(True, False, True))
-    monkeypatch.setattr("eval.humaneval.find_sandbox", lambda limits, unsafe: sandbox)
+    monkeypatch.setattr("eval.benchmarks.humaneval.generate", answers(True, False, True))
+    monkeypatch.setattr("eval.benchmarks.humaneval.find_sandbox", lambda limits, unsafe: sandbox)
     subject = Subject(torch.nn.Identity(), None, ALONE)
     result = humaneval(subject, Request(own_file, folder=tmp_path))
     assert (result.metric, result.figure.n) == ("pass@1", 3)
@@ -407,7 +407,7 @@ def test_programs_of_a_file_from_inside_the_folder(tmp_path, own_file):
 def test_a_run_does_both_steps(cli, monkeypatch, own_file, tmp_path, sandbox):
     if sandbox.mechanism == "limits":
         pytest.skip("programs cannot be contained on this machine")
-    monkeypatch.setattr("eval.humaneval.generate", answers(True, False, True))
+    monkeypatch.setattr("eval.benchmarks.humaneval.generate", answers(True, False, True))
     done = cli("debug=short", "eval.tasks=[humaneval]", f"+eval.data.humaneval={own_file}")
     assert done.returncode == 0, done.stderr
     record = json.loads((only_run(tmp_path / "results") / "record.json").read_text())

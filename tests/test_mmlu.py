@@ -13,11 +13,11 @@ from conftest import ALONE, EMBEDDED, SHARED, on_two_processes
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from eval import command, eval_mmlu
-from eval.mmlu import examine, mmlu, prompt, weights_sample
-from eval.mmlu_data import LETTERS, Exam, Item, limited, read_exams
-from eval.mmlu_subjects import CATEGORIES, SUBJECTS
-from eval.questions import encode
-from eval.scoring import choose, score
+from eval.benchmarks.mmlu import examine, mmlu, prompt, weights_sample
+from eval.benchmarks.mmlu_data import LETTERS, Exam, Item, limited, read_exams
+from eval.benchmarks.mmlu_subjects import CATEGORIES, SUBJECTS
+from eval.engine.questions import encode
+from eval.engine.scoring import choose, score
 from eval.subject import Request, Subject
 from eval.tasks import TASKS
 from lora_one.errors import UserError
@@ -167,7 +167,8 @@ def test_figures_weigh_every_question_the_same(tokenizer, monkeypatch):
     # The model always says B: right in a quarter of one subject and in all of another.
     exams = [exam("anatomy", 8), Exam("sociology", exam().examples, tuple(item(i, "B") for i in range(2)))]
     monkeypatch.setattr(
-        "eval.mmlu.score", lambda _, questions, advance, **__: torch.tensor([[0.0, 1, 0, 0]] * len(questions))
+        "eval.benchmarks.mmlu.score",
+        lambda _, questions, advance, **__: torch.tensor([[0.0, 1, 0, 0]] * len(questions)),
     )
     result = examine(llama(tokenizer), Request(), exams)
     assert (result.figure.value, result.figure.n) == (0.4, 10)
@@ -202,7 +203,7 @@ def test_a_killed_evaluation_goes_on(tokenizer, tmp_path, monkeypatch):
         asked.append(len(questions))
         return score(subject, questions, advance, **settings)
 
-    monkeypatch.setattr("eval.mmlu.score", counted)
+    monkeypatch.setattr("eval.benchmarks.mmlu.score", counted)
 
     def again(subject, exams=exams, **settings) -> int:
         asked.clear()

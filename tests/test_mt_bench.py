@@ -15,9 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from eval import eval_mt_bench, judge_mt_bench
+from eval.benchmarks.judge import NO_RATING, OWN_PROMPTS, Match, mean_rating, rating
+from eval.benchmarks.mt_bench import TEMPERATURES, Question, alpaca_conversation, mt_bench, read_questions
 from eval.command import run_program as run_main
-from eval.judge import NO_RATING, OWN_PROMPTS, Match, mean_rating, rating
-from eval.mt_bench import TEMPERATURES, Question, alpaca_conversation, mt_bench, read_questions
 from eval.subject import Request, Subject
 from lora_one.errors import UserError
 
@@ -79,7 +79,7 @@ def spoken(monkeypatch):
         calls.append((list(prompts), decoding, request))
         return [f" answer {len(calls)}.{index}\n" for index in range(len(prompts))]
 
-    monkeypatch.setattr("eval.mt_bench.generate", generate)
+    monkeypatch.setattr("eval.benchmarks.mt_bench.generate", generate)
     return calls
 
 
@@ -124,7 +124,7 @@ def test_alpaca_conversation():
 
 def test_a_model_that_goes_on_by_itself_is_cut(files, tmp_path, monkeypatch, tokenizer):
     text = "Yes.\n\n### Instruction:\nAnd?\n\n### Response:\nNo."
-    monkeypatch.setattr("eval.mt_bench.generate", lambda _, prompts, *__: [text] * len(prompts))
+    monkeypatch.setattr("eval.benchmarks.mt_bench.generate", lambda _, prompts, *__: [text] * len(prompts))
     result = mt_bench(Subject(None, tokenizer, ALONE), Request(data=files["questions"], limit=1))
     assert result.samples[0]["choices"][0]["turns"] == ["Yes.", "Yes."]
     assert len(result.samples) == 1

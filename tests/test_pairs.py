@@ -9,7 +9,7 @@ from conftest import ALONE, only_run, save_small_t5
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from eval.generation import Decoding, generate
+from eval.engine.generation import Decoding, generate
 from eval.subject import Request, Subject
 from lora_one.config import ExperimentConfig
 from lora_one.data.batches import IGNORED, Limits, collate, collate_slots, split_window

@@ -30,10 +30,10 @@ from transformers import (
 )
 
 from eval import command, eval_glue
-from eval.labels import f1, further_figures, grade_labels, jackknife, label_words, matthews
-from eval.prefixes import read_prefix
-from eval.questions import Question, encode, within
-from eval.scoring import choose, score
+from eval.benchmarks.labels import f1, further_figures, grade_labels, jackknife, label_words, matthews
+from eval.engine.prefixes import read_prefix
+from eval.engine.questions import Question, encode, within
+from eval.engine.scoring import choose, score
 from eval.subject import Request, Subject
 from eval.tasks import GRADERS
 from lora_one.config import EvalConfig

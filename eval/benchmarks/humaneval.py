@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.execution import Trial, run_trials
-from eval.generation import Decoding, generate
-from eval.programs import completion_of, defines_function
+from eval.benchmarks.execution import Trial, run_trials
+from eval.benchmarks.programs import completion_of, defines_function
+from eval.engine.generation import Decoding, generate
 from eval.results import EvalResult, Figure, share
 from eval.sandbox.outside import Limits, Outcome, Sandbox, find_sandbox
 from eval.subject import Request, Subject

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from eval.prefixes import for_rows, read_prefix
-from eval.questions import Question, context_length, encode, within
+from eval.engine.prefixes import for_rows, read_prefix
+from eval.engine.questions import Question, context_length, encode, within
 from eval.subject import Request, Subject
 from lora_one.modes import in_mode
 from lora_one.progress import progress_bar

@@ -13,15 +13,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from eval.answers import AnswerStore, digest_of, weights_digest
-from eval.batch_limits import batch_limits
-from eval.continuous import ContinuousBatch
-from eval.decoding import Decoding, before_stop, end_tokens, until_end
-from eval.row_batch import Decoder, Prompt
-from eval.row_cache import n_cache_layers
+from eval.engine.answers import AnswerStore, digest_of, weights_digest
+from eval.engine.batch_limits import batch_limits
+from eval.engine.continuous import ContinuousBatch
+from eval.engine.decoding import Decoding, before_stop, end_tokens, until_end
+from eval.engine.row_batch import Decoder, Prompt
+from eval.engine.row_cache import n_cache_layers
+from eval.engine.vllm_backend import VllmModel
+from eval.engine.whole_batches import WholeBatches
 from eval.subject import Request, Subject
-from eval.vllm_backend import VllmModel
-from eval.whole_batches import WholeBatches
 from lora_one.data.encoding import prompt_ids, stop_ids
 from lora_one.modes import in_mode
 from lora_one.progress import progress_bar

@@ -3,8 +3,8 @@
 import psutil
 import torch
 
-from eval.continuous import Limits
-from eval.row_batch import Decoder, Prompt, RowBatch
+from eval.engine.continuous import Limits
+from eval.engine.row_batch import Decoder, Prompt, RowBatch
 
 # Measured on a CPU with scripts/bench_eval.py: 384 rows at once are a quarter faster than 128 that are
 # refilled, perhaps because a few rows that never end make the columns of all others long.

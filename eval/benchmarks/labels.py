@@ -8,9 +8,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from eval.generation import Decoding
+from eval.engine.generation import Decoding
+from eval.engine.scoring import choose
 from eval.results import EvalResult, Figure, share
-from eval.scoring import choose
 from eval.subject import Request, Subject
 from lora_one.data.specs import Example
 from lora_one.errors import UserError

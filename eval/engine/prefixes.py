@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from eval.questions import Question, common_beginning
+from eval.engine.questions import Question, common_beginning
 
 # A shorter beginning saves less than its own pass costs.
 _LEAST = 16

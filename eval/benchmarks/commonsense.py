@@ -12,7 +12,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from eval.generation import Decoding, generate_counted
+from eval.engine.generation import Decoding, generate_counted
 from eval.results import EvalResult, Figure, share
 from eval.subject import Request, Subject
 from lora_one.data.rows import file_rows

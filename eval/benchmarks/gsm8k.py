@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval.generation import Decoding, generate_counted
-from eval.graders import last_number, normalised_number, paper_number
+from eval.benchmarks.graders import last_number, normalised_number, paper_number
+from eval.engine.generation import Decoding, generate_counted
 from eval.results import EvalResult, share
 from eval.subject import Request, Subject
 from lora_one.data.rows import file_rows, hub_rows

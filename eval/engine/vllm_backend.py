@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from transformers import AutoConfig
 
-from eval.answers import digest_of
-from eval.decoding import Decoding, uniforms
-from eval.row_batch import Prompt
+from eval.engine.answers import digest_of
+from eval.engine.decoding import Decoding, uniforms
+from eval.engine.row_batch import Prompt
 from lora_one.digests import file_digest, weights_fingerprint
 from lora_one.errors import UserError
 

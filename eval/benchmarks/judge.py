@@ -14,8 +14,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from eval.endpoint import Endpoint, StoppedError
-from eval.mt_bench import Question, read_turns, row_id
+from eval.benchmarks.endpoint import Endpoint, StoppedError
+from eval.benchmarks.mt_bench import Question, read_turns, row_id
 from eval.results import Figure
 from lora_one.data.rows import file_rows
 from lora_one.errors import UserError

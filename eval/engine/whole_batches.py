@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from eval.decoding import Decoding, next_tokens, uniforms
-from eval.row_batch import Prompt
+from eval.engine.decoding import Decoding, next_tokens, uniforms
+from eval.engine.row_batch import Prompt
 
 # Fixed, whatever the device: sampled beams depend on their batch, and are to be the same everywhere.
 _TOKENS = 16_384

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from eval.mmlu_data import LETTERS, Exam, Item, limited, read_exams
-from eval.mmlu_subjects import CATEGORIES
-from eval.questions import Question, context_length, encode, within
+from eval.benchmarks.mmlu_data import LETTERS, Exam, Item, limited, read_exams
+from eval.benchmarks.mmlu_subjects import CATEGORIES
+from eval.engine.questions import Question, context_length, encode, within
+from eval.engine.scoring import score
 from eval.results import EvalResult, Figure, share
-from eval.scoring import score
 from eval.subject import Request, Subject
 from lora_one.errors import UserError
 from lora_one.files import write_text

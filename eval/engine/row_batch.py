@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.decoding import Decoding, next_tokens, uniforms
-from eval.row_cache import Columns, RowCache
+from eval.engine.decoding import Decoding, next_tokens, uniforms
+from eval.engine.row_cache import Columns, RowCache
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from eval.decoding import StopWatch
-from eval.row_batch import Decoder, Prompt, RowBatch
+from eval.engine.decoding import StopWatch
+from eval.engine.row_batch import Decoder, Prompt, RowBatch
 
 # Measured with scripts/bench_eval.py.
 _STEPS = 4  # between two looks at what has ended

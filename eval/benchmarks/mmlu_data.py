@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.mmlu_subjects import SUBJECTS
+from eval.benchmarks.mmlu_subjects import SUBJECTS
 from lora_one.data.rows import HubSource, hub_rows
 from lora_one.errors import UserError, nearest
 

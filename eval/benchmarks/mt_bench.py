@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
-from eval.generation import Decoding, generate
+from eval.engine.generation import Decoding, generate
 from eval.results import EvalResult, share
 from eval.subject import Request, Subject
 from lora_one.data.rows import file_rows

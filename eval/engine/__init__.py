@@ -1,0 +1,1 @@
+"""Generation and scoring: what benchmarks ask a model, in batches."""
