@@ -19,8 +19,8 @@ from transformers import (
     GenerationConfig,
 )
 
-from eval import continuous
 from eval.command import load_subject, make_parser
+from eval.engine import continuous
 from eval.engine.answers import AnswerStore, weights_digest
 from eval.engine.decoding import Decoding, StopWatch, before_stop, next_tokens, uniforms, until_end
 from eval.engine.generation import encode_prompts, generate, generate_counted

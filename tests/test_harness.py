@@ -14,7 +14,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from eval import eval_harness, harness
+from eval import eval_harness
+from eval.benchmarks import harness
 from eval.command import run_program as run_main
 from eval.subject import Request, Subject
 from eval.tasks import check_benchmarks, find_task
