@@ -13,12 +13,10 @@ after them how a launch begins and ends.
 """
 
 import gc
-import logging
 import math
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,18 +24,17 @@ from typing import Any
 
 import hydra
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import set_seed
-from transformers.utils import logging as transformers_logging
 
+from eval.benchmarks.labels import label_words
 from eval.engine.generation import Decoding
 from eval.results import EvalResult
 from eval.subject import Request, Subject
-from eval.tasks import GRADERS, check_benchmarks, find_task
+from eval.tasks import GRADERS, check_benchmarks, check_examples, find_task
 from lora_one import portable, sweeps, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
@@ -59,6 +56,7 @@ from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
 from lora_one.processes import end_processes, start_processes
+from lora_one.quiet import quieten_libraries
 from lora_one.records import run_id
 from lora_one.runs import Run
 from lora_one.sample import gradient_batches, sample_indices
@@ -78,7 +76,8 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
     run.begin(config)
     set_seed(config.seed)
     data, loaded = load(config, run)
-    evaluate("test_before", config, loaded.model, data, loaded, run)
+    if config.eval.before_training and "test_before" not in run.record.metrics:
+        evaluate("test_before", config, loaded.model, data, loaded, run)
     estimate = estimate_for_init(config, loaded, data, run)
     model, inits = initialise(config, loaded, estimate, data, run)
     with start_tracker(config, run) as tracker:
@@ -119,6 +118,10 @@ def check_asked_of_data(config: ExperimentConfig, data: Data) -> None:
     """Raises UserError for what the data cannot give, before any weights are read."""
     if config.peft.use_peft and config.init.needs_sample:
         sample_indices(len(data.gradient.examples), config.init, config.seed)
+    has_labels = config.eval.task == "label" and spec_of(config.dataset).labels is not None
+    if config.eval.task is not None and data.texts.test and not has_labels:
+        limit = None if config.eval.task == "label" else config.eval.limit
+        check_examples(config.eval.task, data.texts.test[:limit])
 
 
 def evaluate(
@@ -127,10 +130,8 @@ def evaluate(
     """The test split graded, stored under ``name``."""
     if config.eval.task is None or not data.texts.test:
         return
-    if name == "test_before" and (name in run.record.metrics or not config.eval.before_training):
-        return
     with run.stage(name):
-        keep_result(name, grade(config, model, data.texts.test, loaded, run, name), config, run)
+        keep_result(name, grade(config, model, data, data.texts.test, loaded, run, name), config, run)
 
 
 def run_benchmarks(
@@ -147,6 +148,7 @@ def run_benchmarks(
         with run.stage(name):
             result = find_task(name)(subject(config, model, loaded, run), request)
             keep_result(name, result, config, run)
+            run.record.metrics[name] |= asked_of(name, config)
 
 
 def subject(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run) -> Subject:
@@ -160,6 +162,7 @@ def subject(config: ExperimentConfig, model: Any, loaded: LoadedModel, run: Run)
 def grade(
     config: ExperimentConfig,
     model: Any,
+    data: Data,
     examples: Sequence[Example],
     loaded: LoadedModel,
     run: Run,
@@ -174,10 +177,18 @@ def grade(
         limit=settings.limit,
         seed=config.seed,
         description=name,
-        labels=spec.labels or (),
+        labels=label_words_of(config, data),
         joiner=spec.joiner,
     )
     return GRADERS[config.eval.task](subject(config, model, loaded, run), examples, request, decoding)
+
+
+def label_words_of(config: ExperimentConfig, data: Data) -> tuple[str, ...]:
+    """The words that ``eval.task=label`` chooses from: one list for all splits."""
+    if config.eval.task != "label":
+        return ()
+    splits = (data.texts.train, data.texts.validation, data.texts.test)
+    return spec_of(config.dataset).labels or label_words(example for split in splits for example in split)
 
 
 def keep_result(name: str, result: EvalResult, config: ExperimentConfig, run: Run) -> None:
@@ -301,7 +312,7 @@ def exact_match(
     if config.eval.task is None or not config.eval.during_training:
         return None
     examples = data.texts.validation
-    return lambda model: grade(config, model, examples, loaded, run, "validation").figure.value
+    return lambda model: grade(config, model, data, examples, loaded, run, "validation").figure.value
 
 
 def export_adapter(config: ExperimentConfig, model: Any, inits: dict[str, AdapterInit], run: Run) -> None:
@@ -365,6 +376,8 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     run.processes.say(f"{run.folder}: this run is finished, adding what is new")
     data, loaded = load(config, run)
     if wants_test or asked:
+        if wants_test and config.eval.before_training:
+            evaluate("test_before", config, loaded.model, data, loaded, run)
         trained = portable.load_trained(loaded, run.folder)
         if wants_test:
             evaluate("test", config, trained, data, loaded, run)
@@ -378,9 +391,18 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
 
 def benchmarks_to_run(config: ExperimentConfig, previous: dict[str, Any]) -> list[str]:
     """Those of ``eval.tasks`` that a finished run has no figures of, or has them otherwise asked for."""
-    stored = previous["config"]["eval"]
-    same = all(stored[key] == getattr(config.eval, key) for key in ("data", "limit"))
-    return [name for name in config.eval.tasks if not same or name not in previous["metrics"]]
+    figures = previous["metrics"]
+    return [
+        name
+        for name in config.eval.tasks
+        if name not in figures
+        or any(figures[name].get(key) != value for key, value in asked_of(name, config).items())
+    ]
+
+
+def asked_of(name: str, config: ExperimentConfig) -> dict[str, Any]:
+    """What a benchmark's figures depend on beside the model."""
+    return {"data": config.eval.data.get(name), "limit": config.eval.limit}
 
 
 def graded(settings: dict[str, Any]) -> dict[str, Any]:
@@ -526,18 +548,6 @@ def complain(text: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     where = f" (process {rank})" if rank else ""
     print(f"error{where}: {text}", file=sys.stderr, flush=True)
-
-
-def quieten_libraries() -> None:
-    """What libraries say about themselves is no news of a run."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # PEFT 0.21 asks transformers 5 by a name that will go.
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-    # PEFT 0.21 reads its own AdaLoRA file with a warning about its own keys.
-    warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
 
 
 def launch_jobs() -> int:

@@ -2,18 +2,17 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from eval.engine.vllm_backend import VllmModel
 from eval.results import EvalResult, Figure
@@ -22,10 +21,12 @@ from lora_one.adapters import check_adapter
 from lora_one.config import ModelConfig, WandbConfig
 from lora_one.digests import weights_fingerprint
 from lora_one.errors import UserError
-from lora_one.files import write_text
+from lora_one.files import is_disk_full, write_text
 from lora_one.hub import offline_hint
 from lora_one.models import load_tokenizer, model_source, read_weights
+from lora_one.out_of_memory import is_out_of_memory
 from lora_one.processes import Processes, end_processes, start_processes
+from lora_one.quiet import quieten_libraries
 from lora_one.tables import markdown_table
 from lora_one.tracking import Tracker
 
@@ -73,9 +74,7 @@ def positive(text: str) -> int:
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
     """Runs a program of this folder: bad input is one line and exit code 2, Ctrl-C 130."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed without a GPU, it complains
+    quieten_libraries()
     code = 0
     try:
         main(sys.argv[1:] if arguments is None else arguments)
@@ -86,14 +85,25 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str] | None =
         print("error: interrupted; the same command goes on from the answers it has", file=sys.stderr)
         code = 130
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(f"error: {_explained(error)}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)  # the others may wait for this one
     end_processes()
     sys.exit(code)
+
+
+def _explained(error: Exception) -> str:
+    """One line; before it the traceback of what nobody foresaw."""
+    if is_out_of_memory(error):
+        return "out of memory; lower --max_tokens or --batch_size; the same command goes on"
+    if is_disk_full(error, Path.cwd()):
+        return "the disk is full; make room, the same command goes on"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    traceback.print_exc()
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def evaluate_program(
@@ -143,6 +153,9 @@ def load_subject(options: argparse.Namespace, processes: Processes) -> Subject:
     Raises:
         UserError: If one cannot be read, or the adapter was made for another model.
     """
+    folder = Path(options.model_name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is an adapter; give its base model, and this as --adapter")
     source = model_source(options.model_name)
     try:
         is_pair = AutoConfig.from_pretrained(source).is_encoder_decoder
@@ -152,7 +165,7 @@ def load_subject(options: argparse.Namespace, processes: Processes) -> Subject:
         name=options.model_name, type="ConditionalGeneration" if is_pair else "CausalLM", bf16=options.bf16
     )
     if options.adapter is not None:
-        check_adapter(options.adapter, "--adapter")
+        check_adapter(options.adapter, "--adapter", trained_on=False)
         _check_same_base(options.adapter, source)
     tokenizer = load_tokenizer(config)
     if options.backend == "vllm":
@@ -206,6 +219,7 @@ def report(result: EvalResult, folder: Path, options: argparse.Namespace) -> Non
     print_figures(result)
     print(f"{result.task}, {result.decoding}, {result.seconds:.1f} s; in {folder}")
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    _put_aside(folder, asked)
     write_text(folder / "samples.jsonl", result.samples_jsonl())
     write_text(folder / "result.json", json.dumps(result.summary() | {"asked": asked}, indent=2) + "\n")
     if options.wandb_name is not None:
@@ -220,8 +234,22 @@ def print_figures(result: EvalResult) -> None:
     rows = [["figure", "value", "n"], _row(result.metric, result.figure)]
     rows += [_row(name, figure) for name, figure in result.others.items()]
     print(markdown_table(rows))
-    for what, count in result.counts.items():
-        print(f"{count:,} {what}")
+    for what, n in result.counts.items():
+        if n > 0:
+            print(f"{n:,} {what}")
+
+
+def _put_aside(folder: Path, asked: dict[str, Any]) -> None:
+    """Keeps the result of an evaluation that was asked for otherwise."""
+    stored = folder / "result.json"
+    if not stored.is_file() or json.loads(stored.read_text(encoding="utf-8")).get("asked") == asked:
+        return
+    earlier = next(place for n in count(1) if not (place := folder / f"earlier-{n}").exists())
+    earlier.mkdir()
+    for name in ("result.json", "samples.jsonl"):
+        if (folder / name).is_file():
+            (folder / name).rename(earlier / name)
+    print(f"an earlier result, asked for otherwise, is in {earlier}")
 
 
 def _row(name: str, figure: Figure) -> list[str]:

@@ -27,8 +27,14 @@ def main(arguments: list[str]) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--task", required=True, help="sst2, cola, mrpc, qnli, …: a dataset with label words")
     options = parser.parse_args(arguments)
-    if options.task not in SPECS:
-        raise UserError(f"--task {options.task}: no such dataset{nearest(options.task, list(SPECS))}")
+    known = [name for name, each in SPECS.items() if each.labels]
+    if options.task not in known:
+        what = (
+            "has no label words"
+            if options.task in SPECS
+            else f"no such dataset{nearest(options.task, known)}"
+        )
+        raise UserError(f"--task {options.task}: {what}; there are {', '.join(known)}")
     spec = SPECS[options.task]
     # Before the model: a fault of the data is found at once. Labels are those of the whole split.
     examples = held_out_examples(options.task, options.data)

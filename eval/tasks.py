@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eval.benchmarks.commonsense import ALL, SETS, commonsense, grade_words, read_sets
-from eval.benchmarks.gsm8k import grade_numbers, gsm8k
+from eval.benchmarks.commonsense import ALL, SETS, check_words, commonsense, grade_words, read_sets
+from eval.benchmarks.gsm8k import check_references, grade_numbers, gsm8k
 from eval.benchmarks.humaneval import humaneval
-from eval.benchmarks.labels import grade_labels
+from eval.benchmarks.labels import check_labels, grade_labels
 from eval.benchmarks.mmlu import mmlu
 from eval.benchmarks.mt_bench import mt_bench
 from eval.engine.generation import Decoding
@@ -44,6 +44,18 @@ GRADERS: dict[str, Grader] = {
     "label": grade_labels,
     "commonsense": grade_words,
 }
+
+# What of a test split can be found wrong before training.
+_CHECKS: dict[str, Callable[[Sequence[Example]], None]] = {
+    "gsm8k": check_references,
+    "label": check_labels,
+    "commonsense": check_words,
+}
+
+
+def check_examples(task: str, examples: Sequence[Example]) -> None:
+    """Raises UserError for an answer that the grader ``task`` cannot read."""
+    _CHECKS[task](examples)
 
 
 def find_task(name: str) -> Task:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -197,15 +198,23 @@ def continue_adapter(
     return adapted, report
 
 
-def check_adapter(source: str, key: str = "init.adapter") -> None:
-    """Reads an adapter's config, and no weights; ``key`` is what named it.
+def check_adapter(source: str, key: str = "init.adapter", *, trained_on: bool = True) -> None:
+    """Reads an adapter's config, and no weights.
+
+    Args:
+        source: Folder or Hub id.
+        key: What named it.
+        trained_on: Whether it is to be trained further, which AdaLoRA's is not.
 
     Raises:
         UserError: If it cannot be read, or is no LoRA adapter.
     """
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not Path(source).expanduser().is_dir():
+        raise UserError(f"{key}={source}: no such folder; give an adapter's folder or Hub id")
     with _naming(source, key):
         kind = peft.PeftConfig.from_pretrained(source)
-    if not isinstance(kind, LoraConfig) or isinstance(kind, AdaLoraConfig):
+    if not isinstance(kind, LoraConfig) or (trained_on and isinstance(kind, AdaLoraConfig)):
         raise UserError(f"{key}={source}: is no LoRA adapter but {kind.peft_type}")
 
 

@@ -100,8 +100,13 @@ class Run:
         """Records where data or model came from.
 
         Raises:
-            UserError: If an earlier start of this run read something else.
+            UserError: If an earlier start of this run read something else, or its processes do.
         """
+        if len(set(self.processes.gather([summary["fingerprint"]]))) > 1:
+            raise UserError(
+                f"the processes read different versions of the {what}; give dataset.revision and "
+                "model.revision, or local files"
+            )
         stored = (self.previous or {}).get(what, {}).get("fingerprint")
         if stored not in (None, summary["fingerprint"]):
             raise UserError(

@@ -56,6 +56,39 @@ def test_a_finished_run_makes_only_the_benchmark_that_it_lacks(cli, tmp_path, qu
     assert record_of(folder)["metrics"]["gsm8k"]["n"] == 2
 
 
+def test_a_figure_of_fewer_problems_is_not_taken_for_one_of_all(cli, tmp_path, questions):
+    data = f"eval.data.gsm8k={questions}"
+    cli(*SHORT, "eval.tasks=[gsm8k]", data, "eval.limit=2")
+    cli(*SHORT, data, "eval.limit=null")  # the test split is another one now, the benchmark was not asked for
+    cli(*SHORT, "eval.tasks=[gsm8k]", data, "eval.limit=null")
+    figures = record_of(only_run(tmp_path / "results"))["metrics"]["gsm8k"]
+    assert (figures["n"], figures["limit"], figures["data"]) == (N, None, str(questions))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "words"),
+    [
+        ("gsm8k", {"question": "a", "answer": "nothing"}, "test split, row 1: no number after '####'"),
+        (
+            "commonsense_reasoning",
+            {"instruction": "a", "input": "", "output": "7", "answer": "7"},
+            "test split, row 1: the answer '7' is no answer word",
+        ),
+    ],
+)
+def test_a_faulty_test_split_is_found_before_training(cli, tmp_path, dataset, row, words):
+    good = {"gsm8k": [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(80)]}.get(
+        dataset, [row | {"instruction": f"{i}", "answer": "true"} for i in range(80)]
+    )
+    for name, rows in (("train", good), ("test", [row])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    files = [f"dataset.{name}_file={tmp_path}/{name}.jsonl" for name in ("train", "test")]
+    done = cli(*SHORT, f"dataset={dataset}", "model=tiny", *files)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "[model]" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -90,6 +123,16 @@ def test_the_program_says_what_the_run_said(cli, tmp_path, questions):
         rows = [json.loads(line) for line in (place / "samples.jsonl").open()]
         assert [row["generated"] for row in rows] == generated
         assert json.loads((place / "result.json").read_text())["n"] == N
+
+
+def test_an_adalora_adapter_is_evaluated_though_it_cannot_be_trained_on(cli, tmp_path, questions):
+    assert cli(*SHORT, "peft=adalora", "model.max_steps=12", "eval.task=null").returncode == 0
+    adapter = only_run(tmp_path / "results") / "adapter"
+    flags = (f"--model_name={EMBEDDED}", f"--adapter={adapter}", f"--data={questions}", "--limit=1")
+    done = run_program(sys.executable, "eval/eval_gsm8k.py", *flags, f"--output_dir={tmp_path}/eval")
+    assert done.returncode == 0, done.stderr
+    refused = cli(*SHORT, "init=adapter", f"init.adapter={adapter}", "peft=all")
+    assert (refused.returncode, "is no LoRA adapter" in refused.stderr) == (2, True)
 
 
 def test_an_adapter_for_another_model_is_refused(cli, tmp_path, questions):

@@ -81,6 +81,16 @@ def test_training_rows_that_are_in_another_split_are_left_out(tmp_path):
     assert splits.n_overlapping == 10
 
 
+def test_a_validation_file_of_test_rows_is_refused_not_replaced(tmp_path):
+    rows = gsm8k_rows(40)
+    files = {
+        f"{name}_file": write_jsonl(tmp_path / f"{name}.jsonl", part)
+        for name, part in (("train", rows[:30]), ("validation", rows[30:35]), ("test", rows[30:]))
+    }
+    with pytest.raises(UserError, match="every row of the validation split is in the test split too"):
+        load_splits(DatasetConfig(name="gsm8k", **files), no_limit)
+
+
 def test_rewritings_of_one_question_never_lie_in_two_splits(tmp_path):
     rows = [
         {

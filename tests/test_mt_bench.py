@@ -19,6 +19,7 @@ from eval.benchmarks.judge import NO_RATING, OWN_PROMPTS, Match, mean_rating, ra
 from eval.benchmarks.mt_bench import TEMPERATURES, Question, alpaca_conversation, mt_bench, read_questions
 from eval.command import run_program as run_main
 from eval.subject import Request, Subject
+from lora_one.data.encoding import prompt_ids
 from lora_one.errors import UserError
 
 QUESTIONS = [
@@ -144,7 +145,10 @@ def test_a_chat_template_gets_the_conversation_and_one_start_token(files, spoken
         single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
     )
     mt_bench(subject, request)
-    assert spoken[2][0] == ["<user>Write.<assistant>"]  # the tokenizer adds the start
+    # As in training: the tokenizer, which would add another start, is told not to.
+    assert spoken[2][0] == [f"{start}<user>Write.<assistant>"]
+    (ids,) = prompt_ids(spoken[2][0], tokenizer)
+    assert ids.count(tokenizer.bos_token_id) == 1
     mt_bench(subject, request, template="alpaca")
     assert spoken[4][0][0].startswith("Below is an instruction")
 
@@ -289,7 +293,17 @@ def test_a_judged_model(grade, files, tmp_path, monkeypatch):
     rows = judgments(files)
     # FastChat's show_result reads model, score and turn; its other tools the rest.
     assert [set(row) for row in rows] == [
-        {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
+        {
+            "question_id",
+            "model",
+            "judge",
+            "system_prompt",
+            "user_prompt",
+            "judgment",
+            "score",
+            "turn",
+            "tstamp",
+        }
     ] * 8
     assert {(row["question_id"], row["turn"]): row["score"] for row in rows} == {
         (key, turn): 4 if key == 81 else 8 for key in (81, 101, 111, 151) for turn in (1, 2)
@@ -473,6 +487,19 @@ def test_judgments_of_other_answers_are_not_mixed_in(grade, files):
         code, _, errors = grade(url)
     assert code == 2
     assert "its judgment of question 101, turn 2 is of another answer or prompt" in errors[0]
+
+
+def test_judgments_under_other_instructions_are_not_mixed_in(grade, files):
+    with endpoint(by_question) as (url, _):
+        grade(url)
+        path = files["answers"].parent.parent / "model_judgment" / "stand-in-own_single.jsonl"
+        rows = read_rows(path)
+        write_rows(path, [row | {"system_prompt": "Be generous."} for row in rows])
+        code, _, errors = grade(url)
+        assert (code, "is of another answer or prompt" in errors[0]) == (2, True)
+        # FastChat's own judgments do not say.
+        write_rows(path, [{k: v for k, v in row.items() if k != "system_prompt"} for row in rows])
+        assert grade(url)[0] == 0
 
 
 def test_answers_that_do_not_fit_the_questions(grade, files):

@@ -37,6 +37,7 @@ from eval.engine.scoring import choose, score
 from eval.subject import Request, Subject
 from eval.tasks import GRADERS
 from lora_one.config import EvalConfig
+from lora_one.data.chat import Rendered
 from lora_one.data.rows import HubSource
 from lora_one.data.specs import SPECS, DatasetSpec, Example
 from lora_one.errors import UserError
@@ -262,6 +263,26 @@ def test_accuracy_counts_the_likelier_label(tokenizer, monkeypatch):
     assert not result.others
 
 
+def test_after_a_chat_template_the_label_is_looked_for_where_it_stands(tokenizer):
+    """Behind what the template writes before every answer; the end of the turn is no part of the label."""
+    subject, plain = make("llama", tokenizer), reviews(4)
+    rendered = [
+        Example(Rendered(e.prompt), f"<think> </think> {e.answer}</s>", e.answer, e.group) for e in plain
+    ]
+    result = grade_labels(subject, rendered, Request())
+    prompts = [Rendered(f"{e.prompt}<think> </think> ") for e in plain]
+    expected = choose(subject, prompts, ["negative", "positive"], Request())
+    words = ("negative", "positive")
+    assert [row["chosen"] for row in result.samples] == [words[c] for c in expected.chosen]
+    assert [row["reference"] for row in result.samples] == [e.answer for e in plain]
+
+
+def test_labels_that_are_given_need_not_all_be_there(tokenizer):
+    subject, labels = make("llama", tokenizer), ("negative", "positive")
+    only = [example for example in reviews() if example.answer == "positive"]
+    assert grade_labels(subject, only, Request(labels=labels)).figure.n == len(only)
+
+
 def test_a_split_with_one_label_or_scores_is_refused(tokenizer):
     subject = make("llama", tokenizer)
     with pytest.raises(UserError, match="every row has the label 'positive'"):
@@ -335,7 +356,12 @@ def sst2(monkeypatch):
             f"sst2 sentence: {row['sentence']} sentiment:", row["label"], row["label"], row["sentence"]
         )
 
-    spec = DatasetSpec(("sentence", "label"), to_example, {"train": HubSource("none/none", "train")})
+    spec = DatasetSpec(
+        ("sentence", "label"),
+        to_example,
+        {"train": HubSource("none/none", "train")},
+        labels=("negative", "positive"),
+    )
     monkeypatch.setitem(SPECS, "sst2_here", spec)
     return spec
 
@@ -366,6 +392,8 @@ def test_eval_glue(kind, sst2, rows, tmp_path, tokenizer, capsys):
 def test_eval_glue_names_what_is_wrong(sst2, rows, tmp_path):
     with pytest.raises(UserError, match=r"--task sst2_her: no such dataset \(did you mean 'sst2_here'"):
         eval_glue.main(["--model_name=x", "--task=sst2_her"])
+    with pytest.raises(UserError, match="--task gsm8k: has no label words; there are sst2"):
+        eval_glue.main(["--model_name=x", "--task=gsm8k"])
     with pytest.raises(UserError, match=r"none.jsonl: no such data file"):
         eval_glue.main(["--model_name=x", "--task=sst2_here", "--data=none.jsonl"])
     with pytest.raises(UserError, match="has no test split"):

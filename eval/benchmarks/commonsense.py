@@ -199,6 +199,12 @@ def commonsense(subject: Subject, request: Request, name: str = ALL) -> EvalResu
     return grade_sets(subject, read_sets(name, request.data, request.limit), request)
 
 
+def check_words(examples: Sequence[Example]) -> None:
+    """Raises UserError for an answer that is no word of any set."""
+    for row, example in enumerate(examples, start=1):
+        _words_beside(example.answer, row)
+
+
 def _words_beside(answer: str, row: int) -> tuple[str, ...]:
     """The words among which a reference was chosen."""
     for family in _FAMILIES:

@@ -41,7 +41,9 @@ _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10*
 # What follows a number that is a piece of an expression, a range or an unread power.
 _GOES_ON = re.compile(rf"\s*(?:\^|(?:[-+×÷*]|\*\*)\s*(?:{_CURRENCY})?\d|x\s+\d)")
 # What follows the first number of an equation; prose that comes to an equation later is none.
-_LEFT_SIDE = re.compile(r"[A-Za-z]{0,2}(?:\s+[A-Za-z]+){0,2}\s*(?:[-+×÷*/^=]|x\s+\d)")
+_LEFT_SIDE = re.compile(
+    r"\s*%?\s+of\s+[$]?\d[\d.,/]*\s*=|[A-Za-z]{0,2}(?:\s+[A-Za-z]+){0,2}\s*(?:[-+×÷*/^=]|x\s+\d)"
+)
 
 # Typography and LaTeX to plain text, in this order.
 _TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(

@@ -101,6 +101,11 @@ def grade_numbers(
     )
 
 
+def check_references(examples: Sequence[Example]) -> None:
+    """Raises UserError for an answer that states no number."""
+    _references(examples, "test split")
+
+
 def _references(examples: Sequence[Example], origin: str) -> list[Any]:
     numbers = [normalised_number(example.answer) for example in examples]
     for row, (example, number) in enumerate(zip(examples, numbers, strict=True), start=1):

@@ -231,7 +231,7 @@ def stored_judgments(path: Path, judge: str, matches: Iterable[Match]) -> dict[M
     _mend_end(path)
     columns = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn")
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
-    for row in file_rows(path, columns):
+    for row in file_rows(path, columns, ("system_prompt",)):
         try:
             judge_and_prompt = json.loads(row["judge"])
             key = (row_id(row["question_id"]), int(row["turn"]), row["model"], *judge_and_prompt)
@@ -246,7 +246,9 @@ def stored_judgments(path: Path, judge: str, matches: Iterable[Match]) -> dict[M
         stored = rows.get((match.question.id, match.turn, match.model_id, judge, match.prompt.name))
         if stored is None:
             continue
-        if stored["user_prompt"] != match.user_prompt:
+        # FastChat's own rows do not hold the system message.
+        system = stored.get("system_prompt", match.prompt.system)
+        if (system, stored["user_prompt"]) != (match.prompt.system, match.user_prompt):
             raise UserError(
                 f"{path}: its judgment of {match.label} is of another answer or prompt; "
                 "give another --judgments, or remove the file"
@@ -336,6 +338,7 @@ def _judge(match: Match, endpoint: Endpoint, asks: int) -> dict[str, Any]:
         "question_id": match.question.id,
         "model": match.model_id,
         "judge": [endpoint.model, match.prompt.name],
+        "system_prompt": match.prompt.system,
         "user_prompt": match.user_prompt,
         "judgment": judgment,
         "score": score,

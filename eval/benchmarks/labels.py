@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import sqrt
 
 import torch
@@ -12,6 +12,7 @@ from eval.engine.generation import Decoding
 from eval.engine.scoring import choose
 from eval.results import EvalResult, Figure, share
 from eval.subject import Request, Subject
+from lora_one.data.chat import Rendered
 from lora_one.data.specs import Example
 from lora_one.errors import UserError
 
@@ -20,9 +21,18 @@ _ALSO_F1 = ("equivalent", "duplicate")
 _ALSO_MATTHEWS = ("acceptable",)
 
 
-def label_words(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The words to choose from: every target of the split, sorted."""
-    return tuple(sorted({example.target for example in examples}))
+def label_words(examples: Iterable[Example]) -> tuple[str, ...]:
+    """The words to choose from: every answer there is, sorted."""
+    return tuple(sorted({example.answer for example in examples}))
+
+
+def check_labels(examples: Sequence[Example]) -> None:
+    """Raises UserError where there is nothing to choose from."""
+    labels = label_words(examples)
+    if len(labels) < 2:
+        raise UserError(
+            f"test split: every row has the label {', '.join(labels)!r}; a classification has at least two"
+        )
 
 
 def grade_labels(
@@ -47,19 +57,17 @@ def grade_labels(
     start = time.perf_counter()
     labels = request.labels or label_words(examples)
     if len(labels) < 2:
-        raise UserError(
-            f"test split: every row has the label {', '.join(labels)!r}; a classification has at least two"
-        )
+        check_labels(examples)
     chosen = list(examples[: request.limit])
-    prompts = [example.prompt for example in chosen]
+    prompts = [_before_label(example) for example in chosen]
     scores = choose(subject, prompts, [request.joiner + label for label in labels], request)
     found = scores.chosen
-    references = [labels.index(example.target) for example in chosen]
+    references = [labels.index(example.answer) for example in chosen]
     samples = tuple(
         {
             "prompt": example.prompt,
             "chosen": labels[answer],
-            "reference": example.target,
+            "reference": example.answer,
             "right": answer == reference,
             "logits": dict(zip(labels, logits, strict=True)),
         }
@@ -77,6 +85,13 @@ def grade_labels(
         others=further_figures(references, found, labels),
         counts={"prompts cut": scores.n_cut},
     )
+
+
+def _before_label(example: Example) -> str:
+    """The prompt, and what a chat template writes before every answer, such as an empty thought."""
+    if not isinstance(example.prompt, Rendered):
+        return example.prompt
+    return Rendered(example.prompt + example.target.partition(example.answer)[0])
 
 
 def further_figures(

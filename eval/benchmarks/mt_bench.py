@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from eval.engine.generation import Decoding, generate
 from eval.results import EvalResult, share
 from eval.subject import Request, Subject
+from lora_one.data.chat import Rendered
 from lora_one.data.rows import file_rows
 from lora_one.data.specs import ALPACA_PROMPT
 from lora_one.errors import UserError, nearest
@@ -202,10 +203,7 @@ def _prompt(turns: Sequence[str], answers: Sequence[str], is_chat: bool, tokeniz
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
         messages += [{"role": "assistant", "content": answer} for answer in answers[index : index + 1]]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # The template writes the start token, and the tokenizer would add another.
-    starts_itself = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if starts_itself else text
+    return Rendered(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _fastchat_rows(

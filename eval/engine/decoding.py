@@ -7,6 +7,8 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lora_one.errors import UserError
+
 # A character is at most four tokens of bytes, and a few tokens may stand for no text at all.
 _TOKENS_PER_CHARACTER, _SPARE_TOKENS = 4, 8
 
@@ -30,6 +32,15 @@ class Decoding:
     top_k: int = 0
     num_beams: int = 1
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a setting that means nothing."""
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature:g}: below 0; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p:g}: must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k}: below 0; 0 takes all tokens")
 
     def __str__(self) -> str:
         beams = f", {self.num_beams} beams" if self.num_beams > 1 else ""

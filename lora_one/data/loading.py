@@ -65,8 +65,13 @@ def load_splits(config: DatasetConfig, count_tokens: CountTokens, render: Render
     test = list(reader.examples("test", config.test_size))
     rows, n_rows = _shuffled(reader, test)
     sieve = _Sieve(rows, reader.spec, count_tokens, test)
-    validation = _outside(list(reader.examples("validation", config.validation_size)), test)
-    if not validation:
+    given = list(reader.examples("validation", config.validation_size))
+    validation = _outside(given, test)
+    if given and not validation:
+        raise UserError(
+            f"dataset {config.name}: every row of the validation split is in the test split too; give others"
+        )
+    if not given:
         validation = sieve.take(config.validation_size or max(1, n_rows // 20))
     sieve.leave_out(validation)
     train = sieve.take(config.train_size)
