@@ -36,7 +36,7 @@ def test_every_combination_is_valid_or_refused_in_one_line(script, trees):
     assert len(met) == n["dataset"]
     assert set(met.values()) == {everything, n["model"]}
     n_kinds = sum(count == everything for count in met.values())
-    assert n_kinds == 3  # tiny's own evaluation, GSM8K's, and none
+    assert n_kinds == 5  # tiny's own evaluation, GSM8K's, by labels, by answer words, and none
     expected = n_kinds * everything + (n["dataset"] - n_kinds) * n["model"]
     counts = Counter(outcome.kind for outcome in outcomes)
     assert counts["ran"] + counts["refused"] == expected == len(outcomes)
