@@ -167,6 +167,8 @@ def _with_lines(head: str, nodes: Sequence[ast.stmt], lines: Sequence[str], offs
 
 def _needed_assignments(rest: Sequence[ast.stmt], program: str, entry_point: str) -> list[ast.stmt]:
     """Those after the function that change it, or what ``program`` reads; not the results of examples."""
+    if not any(isinstance(node, _ASSIGNMENTS) for node in rest):
+        return []
     needed = _global_names(program) | {entry_point}
     found: list[ast.stmt] = []
     for node in reversed(rest):  # an assignment may need an earlier one
