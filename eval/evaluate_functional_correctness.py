@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> None:
         problems, samples, sandbox, kept, options.k, "samples of a file", start, options.workers
     )
     write_text(results, result.samples_jsonl())
+    kept.unlink()  # not earlier: should writing fail, nothing has to run again
     print_figures(result)
     print(f"{result.decoding}, {result.seconds:.1f} s; in {results}")
 

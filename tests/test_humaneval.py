@@ -4,17 +4,20 @@ import gzip
 import json
 import math
 import shutil
-import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ALONE, EMBEDDED, ROOT, SHARED, only_run, run_program
+from conftest import ALONE, EMBEDDED, SHARED
 
 from eval import eval_humaneval, evaluate_functional_correctness
+from eval.benchmarks import execution
 from eval.benchmarks.execution import Trial, run_trials
 from eval.benchmarks.humaneval import (
     Problem,
@@ -29,9 +32,12 @@ from eval.benchmarks.humaneval import (
 )
 from eval.benchmarks.programs import completion_of, defines_function
 from eval.engine.generation import Decoding
+from eval.results import EvalResult
 from eval.sandbox.outside import Limits, Outcome, Sandbox, find_sandbox
 from eval.subject import Request, Subject
+from eval.tasks import TASKS
 from lora_one.errors import UserError
+from lora_one.processes import Processes
 
 REAL = SHARED / "data/humaneval/HumanEval.jsonl.gz"
 AMPLE = Limits(cpu_seconds=60.0, wall_seconds=120.0)
@@ -109,19 +115,22 @@ def own_file(tmp_path) -> Path:
     return path
 
 
-def run_all(sandbox: Sandbox, cases: list[tuple[str, str, str]]) -> Outcome:
-    """All in one process, because there are thousands; the error's text names those that fail."""
+def run_all(sandbox: Sandbox, cases: list[tuple[str, str, str]], *, failing: bool = False) -> Outcome:
+    """All in one process, because there are thousands; the error's text names those that go wrong."""
     test = textwrap.dedent(f"""
         import contextlib, io
-        failed = []
+        wrong = []
         for name, program, test in {cases!r}:
             scope = {{"__name__": "solution"}}
             try:
                 exec(program, scope)
                 exec(test, scope)
+                ending = None
             except BaseException as error:
-                failed.append((name, repr(error)))
-        assert not failed, failed
+                ending = error
+            if not (isinstance(ending, AssertionError) if {failing} else ending is None):
+                wrong.append((name, repr(ending)))
+        assert not wrong, wrong
     """)
     return sandbox.run("", test)
 
@@ -166,15 +175,11 @@ def test_real_solutions_stay_right_in_every_wrapping(sandbox):
 
 
 def test_wrong_answers_stay_wrong(sandbox):
-    row = HAND_MADE[0]
     wrong = "    result = 1\n    for x in xs:\n        result += x\n    return result\n"
-    for wrap in WRAPPINGS.values():
-        text = wrap(row["prompt"] + wrong, wrong, row["entry_point"])
-        program = row["prompt"] + completion_of(text, row["prompt"], row["entry_point"])
-        assert (
-            run_all(sandbox, [("", program, row["test"] + "\ncheck(total)")]).state
-            == "failed: AssertionError"
-        )
+    row = HAND_MADE[0] | {"canonical_solution": wrong}
+    cases = list((cases_of([row], continues=False) | cases_of([row], continues=True)).values())
+    assert len(cases) >= 4
+    assert run_all(sandbox, cases, failing=True).detail == ""
 
 
 PROMPT = 'def f(x):\n    """Twice."""\n'
@@ -219,6 +224,41 @@ def test_what_follows_a_bare_prompt(text, completion):
         assert defines_function(PROMPT + found, "f")
     else:
         assert found == completion
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Z = 0",
+        "Y = 0\nZ = Y\nW = add(1, 'no')",
+        "Y, Z = 1, -1\nZ += Y",
+        "Z: int = 0\nadd.cache = {}\nassert add.cache",
+        "def cached(f):\n    return lambda *xs: f(*xs)\nadd = cached(add)\nZ = 0\nresult = add(input())",
+    ],
+)
+def test_what_a_function_needs_may_stand_after_it(after):
+    body = "    result = a + b + Z\n    return result\n"
+    prompt = "def add(a, b):\n    'The sum.'\n"
+    for text in (f"{prompt}{body}\n{after}\n", f"So:\n```python\n{prompt}{body}\n{after}\n```\nDone."):
+        names: dict[str, Any] = {}
+        exec(prompt + completion_of(text, prompt, "add"), names)
+        assert names["add"](1, 2) == 3
+        assert hasattr(names["add"], "cache") == ("cache =" in after)
+    continued = completion_of(f"{body}\n{after}\n", prompt, "add", continues=True)
+    names = {}
+    exec(prompt + continued, names)
+    assert names["add"](1, 2) == 3
+
+
+def test_the_last_version_counts_also_in_blocks_of_their_own():
+    first, last = "def f(x):\n    return x\n", "def f(x):\n    return 2 * x\n"
+    stub, call = "def f(x):\n    ...\n", "print(f(2))\n"
+    for order in ([first, last], [first, last, call], [first, last, stub]):
+        text = "\n\nor\n\n".join(f"```python\n{code}```" for code in order)
+        assert completion_of(text, PROMPT, "f").strip() == last.strip()
+        assert completion_of("\n".join(order[:2]), PROMPT, "f").strip().endswith(last.strip())
+    bodies = "```python\n    return 2 * x\n```\n\nCall it:\n\n```python\nprint(f(2))\n```"
+    assert completion_of(bodies, PROMPT, "f") == "    return 2 * x\n"
 
 
 def test_texts_that_are_hard_to_parse_are_left_alone():
@@ -300,7 +340,9 @@ def test_the_benchmark_counts_and_keeps_everything(monkeypatch, own_file, tmp_pa
     assert result.counts == {"passed": 2, "failed: AssertionError": 1}
     assert "temperature 0.1, top_p 0.95" in result.decoding
     assert str(sandbox) in result.decoding
-    assert not (tmp_path / "executed.jsonl").exists()
+    # The caller has not written the result yet; the same command needs no program to run again.
+    monkeypatch.setattr(Sandbox, "run", None)
+    assert humaneval(subject, Request(own_file, folder=tmp_path)).samples == result.samples
 
 
 def test_a_killed_evaluation_goes_on(tmp_path, sandbox, monkeypatch):
@@ -321,6 +363,55 @@ def test_a_killed_evaluation_goes_on(tmp_path, sandbox, monkeypatch):
     assert len(ran) == 3
     changed = [replace(trials[0], program="def f(): return 1"), *trials[1:]]
     assert run_trials(changed, sandbox, kept, 2, shown=False)[0].passed
+
+
+class Pair(Processes):
+    """One of two processes, as threads: what they agree on goes through ``box``."""
+
+    def __init__(self, rank: int, meet: threading.Barrier, box: dict[int, Any]) -> None:
+        super().__init__(rank, 2, torch.device("cpu"))
+        object.__setattr__(self, "talk", (meet, box))
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        meet, box = self.talk
+        box[self.rank] = rows
+        meet.wait(30)
+        both = box[0] + box[1]
+        meet.wait(30)
+        return both
+
+    def from_main(self, value: Any) -> Any:
+        return self.gather([value])[0]
+
+
+def test_processes_share_the_programs(tmp_path, monkeypatch, sandbox):
+    monkeypatch.setattr("eval.benchmarks.humaneval.generate", answers(True, False, True))
+    monkeypatch.setattr("eval.benchmarks.humaneval.find_sandbox", lambda limits, unsafe: sandbox)
+    data = write_lines(tmp_path / "problems.jsonl", *HAND_MADE)
+
+    def evaluate() -> list[EvalResult]:
+        meet, box = threading.Barrier(2), {}
+        subjects = [Subject(torch.nn.Identity(), None, Pair(rank, meet, box)) for rank in (0, 1)]
+        with ThreadPoolExecutor(2) as pool:
+            return list(
+                pool.map(lambda subject: humaneval(subject, Request(data, folder=tmp_path)), subjects)
+            )
+
+    first, second = evaluate()
+    assert [row["passed"] for row in first.samples] == [True, False, True]
+    assert first.samples == second.samples
+    kept = [(tmp_path / name).read_text().splitlines() for name in ("executed.jsonl", "executed-1.jsonl")]
+    assert [len(lines) for lines in kept] == [2, 1]
+    # A later launch, of one process or of two, reads what all have kept.
+    monkeypatch.setattr(Sandbox, "run", None)
+    alone = humaneval(Subject(torch.nn.Identity(), None, ALONE), Request(data, folder=tmp_path))
+    assert alone.samples == first.samples
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(execution, "cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [execution._threads(None, 8), execution._threads(4, 8), execution._threads(None, 1)] == [2, 1, 16]
 
 
 def write_lines(path: Path, *lines: object) -> Path:
@@ -348,7 +439,7 @@ def test_bad_problem_files_are_named(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(b"no gzip")
     for path, words in [
         (tmp_path / "none.jsonl", "no such data file"),
-        (tmp_path / "x.jsonl.gz", "cannot be unpacked"),
+        (tmp_path / "x.jsonl.gz", "not a whole gzip file"),
         (write_lines(tmp_path / "empty.jsonl"), "holds no problems"),
         (write_lines(tmp_path / "twice.jsonl", HAND_MADE[0], HAND_MADE[0]), "Own/0 stands there twice"),
     ]:
@@ -393,25 +484,29 @@ def test_bad_flags_are_named(tmp_path, own_file, flag):
         )
 
 
-def test_programs_of_a_file_from_inside_the_folder(tmp_path, own_file):
+def test_programs_of_a_file(tmp_path, own_file, capsys, monkeypatch):
+    """Reference solutions, and one whose text and error hold half a surrogate pair."""
     samples = [{"task_id": row["task_id"], "completion": row["canonical_solution"]} for row in HAND_MADE]
-    file = write_lines(tmp_path / "samples.jsonl", *samples)
-    command = (
-        f"cd {ROOT / 'eval'} && {sys.executable} evaluate_functional_correctness.py --sample_file={file}"
-    )
-    done = run_program("bash", "-c", f"{command} --data={own_file} --unsafe_execution")
-    assert done.returncode == 0, done.stderr
-    assert "| pass@1 | 100.00% ± 0.00% | 3 |" in done.stdout
+    odd = {"task_id": "Own/2", "completion": "    raise ValueError(chr(0xD83D))  # \ud83d"}
+    file = write_lines(tmp_path / "samples.jsonl", *samples, odd)
+    results, kept = Path(f"{file}_results.jsonl"), Path(f"{file}_executed.jsonl")
+    command = [f"--sample_file={file}", f"--data={own_file}", "--unsafe_execution"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_functional_correctness, "write_text", lambda path, text: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate_functional_correctness.main(command)
+    assert len(kept.read_text().splitlines()) == 4
+    evaluate_functional_correctness.main(command)
+    assert not kept.exists()
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["result"] for row in rows] == ["passed"] * 3 + ["failed: ValueError"]
+    assert (rows[3]["detail"], rows[3]["completion"][-3:]) == ("?", "# ?")
+    assert "| pass@1 | 83.33% ± 13.61% | 3 |" in capsys.readouterr().out
 
 
-def test_a_run_does_both_steps(cli, monkeypatch, own_file, tmp_path, sandbox):
-    if sandbox.mechanism == "limits":
-        pytest.skip("programs cannot be contained on this machine")
-    monkeypatch.setattr("eval.benchmarks.humaneval.generate", answers(True, False, True))
-    done = cli("debug=short", "eval.tasks=[humaneval]", f"+eval.data.humaneval={own_file}")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((only_run(tmp_path / "results") / "record.json").read_text())
-    assert record["metrics"]["humaneval"]["counts"] == {"passed": 2, "failed: AssertionError": 1}
+def test_a_run_knows_the_benchmark():
+    """What a run does with those that it knows is tested with others."""
+    assert TASKS["humaneval"] is humaneval
 
 
 def test_a_run_refuses_before_it_trains(cli, monkeypatch, own_file):

@@ -1,5 +1,6 @@
-"""Hostile programs end as failed: nothing outside is touched, nobody is left over, nothing is forged."""
+"""Hostile programs end as failed: nothing outside is touched, nobody is left over."""
 
+import functools
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 import psutil
@@ -21,7 +23,7 @@ from eval.sandbox.outside import Limits, Outcome, Sandbox, SandboxError, find_sa
 from lora_one.errors import UserError
 
 # Those that have to be stopped are stopped soon; the others may take their time on a busy machine.
-QUICK = Limits(cpu_seconds=0.5, wall_seconds=0.8, memory=2**28, processes=16, disk=2**23)
+QUICK = Limits(cpu_seconds=0.25, wall_seconds=0.4, memory=2**28, processes=16, disk=2**23)
 PATIENT = replace(QUICK, cpu_seconds=20.0, wall_seconds=60.0)
 CHECK = "assert answer() == 42"
 RIGHT = "def answer():\n    return 42\n"
@@ -29,13 +31,40 @@ MECHANISMS = ("namespaces", "bubblewrap")
 MARK = "hostile-program-of-this-test"
 
 
+@functools.cache
+def reason_against(mechanism: str) -> str | None:
+    return trial(Sandbox(mechanism))
+
+
+def without_containment(mechanism: str) -> NoReturn:
+    """Skips; but with REQUIRE_SANDBOX=1 fails where nothing else contains programs either."""
+    reasons = {name: reason_against(name) for name in MECHANISMS}
+    if os.environ.get("REQUIRE_SANDBOX") == "1" and None not in reasons.values():
+        pytest.fail(f"REQUIRE_SANDBOX=1, but nothing contains programs on this machine: {reasons}")
+    pytest.skip(f"no {mechanism} on this machine: {reasons[mechanism]}")
+
+
 @pytest.fixture(scope="module", params=MECHANISMS)
 def contained(request):
-    sandbox = Sandbox(request.param, PATIENT)
-    reason = trial(Sandbox(request.param))
-    if reason is not None:
-        pytest.skip(f"no {request.param} on this machine: {reason}")
-    return sandbox
+    if reason_against(request.param) is not None:
+        without_containment(request.param)
+    return Sandbox(request.param, PATIENT)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "required", "ending"),
+    [
+        (("no", "no"), "1", pytest.fail.Exception),
+        (("no", "no"), "0", pytest.skip.Exception),
+        (("no", None), "1", pytest.skip.Exception),
+    ],
+)
+def test_containment_can_be_required(monkeypatch, reasons, required, ending):
+    monkeypatch.setitem(globals(), "reason_against", dict(zip(MECHANISMS, reasons, strict=True)).get)
+    monkeypatch.setenv("REQUIRE_SANDBOX", required)
+    with pytest.raises((pytest.fail.Exception, pytest.skip.Exception)) as ended:
+        without_containment("namespaces")
+    assert ended.type is ending
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +200,38 @@ def test_hostile_programs_fail_and_leave_nobody(contained, name, record_property
     record_property("outcome", f"{outcome.state} {outcome.seconds:.2f}")
     assert (outcome.state, outcome.passed) == (state, False), outcome
     assert nobody_stays()
+
+
+def test_half_a_surrogate_pair_can_be_written(contained):
+    outcome = contained.run("raise ValueError('a' + chr(0xD83D))", CHECK)
+    assert (outcome.state, outcome.detail) == ("failed: ValueError", "a?")
+
+
+def test_what_the_documentation_says_of_cheats(contained):
+    """A program that speaks for the interpreter gets the token; whoever ends that corrects the text too."""
+    program = textwrap.dedent("""
+        import os, struct
+        pipes = [fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}")]
+        for fd in pipes:
+            try: os.write(fd, b'["defined", null]\\n')
+            except OSError: channel = fd
+        (report,) = set(pipes) - {channel}
+        token = os.read(channel, struct.unpack("Q", os.read(channel, 8))[0])
+        os.write(report, b'["passed", "' + token + b'"]\\n')
+        os._exit(0)
+    """)
+    assert contained.run(program, "assert False").passed
+
+
+def test_a_process_that_cannot_be_started_leaves_no_pipe(monkeypatch):
+    def refuse(*arguments, **options):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(BlockingIOError):
+        Sandbox("limits", QUICK).run(RIGHT, CHECK)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_right_programs_pass(contained):

@@ -1,6 +1,7 @@
 """Running many programs: contained, side by side, and their outcomes kept as they end."""
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from eval.command import positive
 from eval.sandbox.outside import Limits, Outcome, Sandbox, SandboxError
 from lora_one.errors import UserError
+from lora_one.processes import Processes
 from lora_one.progress import progress_bar
 
 
@@ -43,7 +45,9 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=positive, default=usual.memory >> 20, help=f"MiB of a program ({usual.memory >> 20})"
     )
-    parser.add_argument("--workers", type=positive, help="programs side by side; default: as many as cores")
+    parser.add_argument(
+        "--workers", type=positive, help="programs side by side on a machine; default: as many as cores"
+    )
     parser.add_argument(
         "--unsafe_execution",
         action="store_true",
@@ -59,26 +63,39 @@ def chosen_limits(options: argparse.Namespace) -> Limits:
 
 
 def run_trials(
-    trials: Sequence[Trial], sandbox: Sandbox, kept: Path | None, workers: int | None = None, *, shown: bool
+    trials: Sequence[Trial],
+    sandbox: Sandbox,
+    kept: Path | None,
+    workers: int | None = None,
+    *,
+    shown: bool,
+    processes: Processes | None = None,
 ) -> list[Outcome]:
     """The outcome of every trial, in their order.
 
     Args:
-        trials: What to run.
+        trials: What to run; the same on all processes.
         sandbox: Where.
-        kept: File that holds one line for each that has ended: those are not run again.
-        workers: Side by side; None: as many as there are processor cores.
+        kept: File that holds one line for each that has ended: those are not run again. Processes
+            other than the main one write to files of their own beside it.
+        workers: Side by side on a machine; None: as many as there are processor cores.
         shown: Whether there is a progress bar.
+        processes: Who shares the trials, so that none waits long for the others; None: this one runs all.
 
     Raises:
         UserError: If a container cannot be made any more, or ``kept`` cannot be written.
     """
     keys = [_key(number, trial, sandbox) for number, trial in enumerate(trials)]
     outcomes = _read_kept(kept) if kept is not None else {}
-    missing = [number for number, key in enumerate(keys) if key not in outcomes]
-    with _appending(kept) as append, ThreadPoolExecutor(workers or cores()) as pool:
-        futures = {pool.submit(_run, sandbox, trials[number]): number for number in missing}
-        with progress_bar(shown=shown, desc="run", unit="program", total=len(missing)) as bar:
+    rank, world_size = 0, 1
+    if processes is not None:
+        rank, world_size = processes.rank, processes.world_size
+        outcomes = processes.from_main(outcomes)
+    mine = [number for number, key in enumerate(keys) if key not in outcomes][rank::world_size]
+    own_file = kept if kept is None or rank == 0 else _kept_by(kept, rank)
+    with _appending(own_file) as append, ThreadPoolExecutor(_threads(workers, world_size)) as pool:
+        futures = {pool.submit(_run, sandbox, trials[number]): number for number in mine}
+        with progress_bar(shown=shown, desc="run", unit="program", total=len(mine)) as bar:
             try:
                 for future in as_completed(futures):
                     key = keys[futures[future]]
@@ -88,12 +105,20 @@ def run_trials(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+    if processes is not None:
+        outcomes |= dict(processes.gather([(keys[number], outcomes[keys[number]]) for number in mine]))
     return [outcomes[key] for key in keys]
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(workers: int | None, world_size: int) -> int:
+    """Of this process, when all those of its machine are to run ``workers`` programs together."""
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size > 1 else 1
+    return max(1, (workers or cores()) // neighbours)
 
 
 def _run(sandbox: Sandbox, trial: Trial) -> Outcome:
@@ -114,9 +139,18 @@ def _key(number: int, trial: Trial, sandbox: Sandbox) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
+def _kept_by(path: Path, rank: int | str) -> Path:
+    return path.with_name(f"{path.stem}-{rank}{path.suffix}")
+
+
 def _read_kept(path: Path) -> dict[str, Outcome]:
+    """What all processes have kept, of this launch or of a killed one that may have had more of them."""
     outcomes = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    pattern = _kept_by(Path(glob.escape(path.name)), "*").name
+    texts = [
+        place.read_text(encoding="utf-8") for place in (path, *path.parent.glob(pattern)) if place.is_file()
+    ]
+    for line in "\n".join(texts).split("\n"):
         try:
             row = json.loads(line)
             key = row.pop("key")

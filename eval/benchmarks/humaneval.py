@@ -12,11 +12,12 @@ from eval.benchmarks.execution import Trial, run_trials
 from eval.benchmarks.programs import completion_of, defines_function
 from eval.engine.generation import Decoding, generate
 from eval.results import EvalResult, Figure, share
-from eval.sandbox.outside import Limits, Outcome, Sandbox, find_sandbox
+from eval.sandbox.outside import Limits, Outcome, Sandbox, find_sandbox, trial
 from eval.subject import Request, Subject
 from lora_one.data.rows import HubSource, Row, file_rows, hub_rows
 from lora_one.data.specs import ALPACA_PROMPT
 from lora_one.errors import UserError, nearest
+from lora_one.processes import Processes
 
 _HUB = HubSource("openai/openai_humaneval", "test")
 _COLUMNS = ("task_id", "prompt", "entry_point", "test")
@@ -87,43 +88,45 @@ def humaneval(subject: Subject, request: Request, sampling: Sampling = Sampling(
     return sample_and_run(subject, request, sampling, containment(subject, Limits()))
 
 
-def containment(subject: Subject, limits: Limits, *, unsafe: bool = False) -> Sandbox | None:
-    """Where programs will run, on the main process only: the others run none.
+def containment(subject: Subject, limits: Limits, *, unsafe: bool = False) -> Sandbox:
+    """Where programs will run: in the same way on all processes, as the result names one.
 
     Raises:
-        UserError: If they cannot be contained, and ``unsafe`` does not say that they need not.
+        UserError: If they cannot be contained, and ``unsafe`` does not say that they need not; or if
+            what contains them for the main process does not work on this one's machine.
     """
-    return find_sandbox(limits, unsafe=unsafe) if subject.processes.is_main else None
+    processes = subject.processes
+    sandbox: Sandbox = processes.from_main(find_sandbox(limits, unsafe=unsafe) if processes.is_main else None)
+    if not processes.is_main and (reason := trial(sandbox)) is not None:
+        raise UserError(
+            f"process {processes.rank}: programs cannot be {sandbox} ({reason}) as for the main process; "
+            "run on machines that are alike"
+        )
+    return sandbox
 
 
 def sample_and_run(
     subject: Subject,
     request: Request,
     sampling: Sampling,
-    sandbox: Sandbox | None,
+    sandbox: Sandbox,
     workers: int | None = None,
 ) -> EvalResult:
-    """pass@k of completions that are made now.
+    """pass@k of completions that are made now; the outcomes stay beside them in the request's folder.
 
     Args:
         subject: The model.
         request: Its data, limit and seed.
         sampling: How.
-        sandbox: Where the programs run; needed on the main process only.
-        workers: Programs side by side; None: as many as there are cores.
+        sandbox: Where the programs run.
+        workers: Programs side by side on a machine; None: as many as there are cores.
     """
     start = time.perf_counter()
     problems = read_problems(request.data, request.limit)
     samples = draw(subject, problems, request, sampling)
-    result: EvalResult | None = None
-    if subject.processes.is_main:
-        assert sandbox is not None
-        kept = None if request.folder is None else request.folder / "executed.jsonl"
-        result = run_samples(
-            problems, samples, sandbox, kept, default_k(sampling.n), sampling.describe(), start, workers
-        )
-    shared: EvalResult = subject.processes.from_main(result)
-    return shared
+    kept = None if request.folder is None else request.folder / "executed.jsonl"
+    ks, how = default_k(sampling.n), sampling.describe()
+    return run_samples(problems, samples, sandbox, kept, ks, how, start, workers, subject.processes)
 
 
 def sample_only(subject: Subject, request: Request, sampling: Sampling) -> EvalResult:
@@ -208,7 +211,8 @@ def read_samples(path: Path, problems: Sequence[Problem]) -> list[dict[str, Any]
                 f"{path}, sample {len(samples) + 1}: no problem is called {row['task_id']!r}"
                 f"{nearest(row['task_id'], known)}; give the --data that it was made from"
             )
-        samples.append(dict(row))
+        # As it will be run and written: half a surrogate pair is in no file's encoding.
+        samples.append({name: text.encode("utf-8", "replace").decode() for name, text in row.items()})
     missing = [name for name in known if name not in {sample["task_id"] for sample in samples}]
     if missing:
         named = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
@@ -228,6 +232,7 @@ def run_samples(
     how: str,
     start: float,
     workers: int | None = None,
+    processes: Processes | None = None,
 ) -> EvalResult:
     """Runs every sample and counts.
 
@@ -235,11 +240,13 @@ def run_samples(
         problems: Those that the samples answer.
         samples: At least one of each.
         sandbox: Where.
-        kept: File for outcomes, so that a killed evaluation goes on.
+        kept: File for outcomes, so that a killed evaluation goes on. It stays: whoever writes the
+            result removes it then, or keeps it for the same command to end at once.
         ks: Which pass@k.
         how: How the samples were made.
         start: When the work began, by ``time.perf_counter``.
-        workers: Programs side by side.
+        workers: Programs side by side on a machine.
+        processes: Who shares the work; None: this one does all.
 
     Raises:
         UserError: For a k that is larger than a problem's number of samples.
@@ -247,9 +254,8 @@ def run_samples(
     by_name = {problem.task_id: problem for problem in problems}
     check_k(ks, Counter(sample["task_id"] for sample in samples))
     trials = [by_name[sample["task_id"]].trial(sample["completion"]) for sample in samples]
-    outcomes = run_trials(trials, sandbox, kept, workers, shown=True)
-    if kept is not None:
-        kept.unlink()
+    shown = processes is None or processes.is_main
+    outcomes = run_trials(trials, sandbox, kept, workers, shown=shown, processes=processes)
     figures = pass_at_k(samples, outcomes, ks)
     headline = f"pass@{ks[0]}"
     judged = [

@@ -7,22 +7,25 @@ files of HumanEval's own tools. Nothing is deleted inside of what is taken over.
 import ast
 import itertools
 import re
+import symtable
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
 _STARTS_CODE = re.compile(r"[ \t]*(?:import|from|def|class|async def|@\w|\w+(?:\s*:[^=]+)?\s*=[^=])")
 _STARTS_ANEW = re.compile(r"\s*^(?:import|from|def|class|async def|@\w|```|~~~)", re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+_ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 _LONGEST = 40_000  # of a text to be parsed in this process
 
 
 def completion_of(text: str, prompt: str, entry_point: str, *, continues: bool = False) -> str:
     """What to put after ``prompt`` so that the whole is the program that the model meant.
 
-    Of code after the function, only definitions and imports are kept: not its examples, which may
-    fail or wait for input, nor what stands under ``if __name__``.
+    Of code after the function, only definitions, imports and the assignments that these need are kept:
+    not its examples, which may fail or wait for input, nor what stands under ``if __name__``. Of
+    several versions the last is what the model settled on.
 
     Args:
         text: As generated.
@@ -37,9 +40,13 @@ def completion_of(text: str, prompt: str, entry_point: str, *, continues: bool =
         return text
     # What is Python from end to end has no fences, only perhaps lines in a string that look like them.
     is_code = continues or _parse(textwrap.dedent(text)) or _parse(prompt + text)
-    chunks = [text, *_fenced(text)] if is_code else [*_fenced(text), text]
+    fenced = list(_fenced(text))
+    chunks, latest = (
+        ([text, *fenced], [text, *fenced[::-1]]) if is_code else ([*fenced, text], [*fenced[::-1], text])
+    )
+    # A body without its function cannot be told from a call of it, which is what later blocks hold.
     as_body = (found for chunk in chunks for found in _as_body(chunk, prompt, entry_point))
-    as_function = (found for chunk in chunks for found in _as_function(chunk, prompt, entry_point))
+    as_function = (found for chunk in latest for found in _as_function(chunk, prompt, entry_point))
     # A base model goes on with the body, and may write the function again and again after it.
     starts_anew = _STARTS_ANEW.match(text) or text.lstrip().startswith(prompt.lstrip().splitlines()[0])
     ways = (as_body, as_function) if continues and not starts_anew else (as_function, as_body)
@@ -117,17 +124,16 @@ def _longest_program(before: str, code: str, entry_point: str, *, own: bool) -> 
         part = "".join(lines)
         tree = _parse(before + part)
         if tree is not None:
-            offset = before.count("\n")
-            kept = _without_the_rest(tree, part, offset, entry_point, own=own)
+            kept = _without_the_rest(tree, before, part, entry_point, own=own)
             fits = kept is not None and defines_function(before + kept, entry_point)
             return kept if fits else None
         lines.pop()
     return None
 
 
-def _without_the_rest(tree: ast.Module, code: str, offset: int, entry_point: str, *, own: bool) -> str | None:
-    """``code`` to the end of the function, then definitions only; none of them of that name again."""
-    lines = code.splitlines(keepends=True)
+def _without_the_rest(tree: ast.Module, before: str, code: str, entry_point: str, *, own: bool) -> str | None:
+    """``code`` to the end of the function, then definitions, none of that name again, and what they need."""
+    lines, offset = code.splitlines(keepends=True), before.count("\n")
     functions = [node for node in tree.body if _is_function(node, entry_point)]
     if own:
         functions = [node for node in functions if node.lineno > offset]
@@ -138,15 +144,72 @@ def _without_the_rest(tree: ast.Module, code: str, offset: int, entry_point: str
     assert function.end_lineno is not None
     if function.end_lineno <= offset:
         return None
-    kept = lines[: function.end_lineno - offset]
-    for node in tree.body[tree.body.index(function) + 1 :]:
-        if isinstance(node, _DEFINITIONS) and not _is_function(node, entry_point):
-            assert node.end_lineno is not None
-            decorators = getattr(node, "decorator_list", [])
-            start = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-            kept += ["\n", *lines[start - 1 - offset : node.end_lineno - offset]]
-    result = "".join(kept)
+    head = "".join(lines[: function.end_lineno - offset])
+    rest = tree.body[tree.body.index(function) + 1 :]
+    definitions = [n for n in rest if isinstance(n, _DEFINITIONS) and not _is_function(n, entry_point)]
+    kept = _with_lines(head, definitions, lines, offset)
+    if needed := _needed_assignments(rest, before + kept, entry_point):
+        kept = _with_lines(head, [n for n in rest if n in definitions or n in needed], lines, offset)
+    return kept
+
+
+def _with_lines(head: str, nodes: Sequence[ast.stmt], lines: Sequence[str], offset: int) -> str:
+    """``head``, then the lines of ``nodes``, of which the first ``offset`` are not among ``lines``."""
+    parts = [head]
+    for node in nodes:
+        assert node.end_lineno is not None
+        decorators = getattr(node, "decorator_list", [])
+        start = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+        parts += ["\n", *lines[start - 1 - offset : node.end_lineno - offset]]
+    result = "".join(parts)
     return result if result.endswith("\n") else result + "\n"
+
+
+def _needed_assignments(rest: Sequence[ast.stmt], program: str, entry_point: str) -> list[ast.stmt]:
+    """Those after the function that change it, or what ``program`` reads; not the results of examples."""
+    if not any(isinstance(node, _ASSIGNMENTS) for node in rest):
+        return []
+    needed = _global_names(program) | {entry_point}
+    found: list[ast.stmt] = []
+    for node in reversed(rest):  # an assignment may need an earlier one
+        if isinstance(node, _ASSIGNMENTS) and _assigned(node) & needed:
+            found.append(node)
+            needed |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return found
+
+
+def _assigned(node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> set[str]:
+    """The names that are bound, or whose attributes or items are."""
+    names: set[str] = set()
+    targets: list[ast.expr] = list(node.targets) if isinstance(node, ast.Assign) else [node.target]
+    while targets:
+        target = targets.pop()
+        if isinstance(target, ast.Name):
+            names.add(target.id)
+        elif isinstance(target, ast.Tuple | ast.List):
+            targets += target.elts
+        elif isinstance(target, ast.Attribute | ast.Subscript | ast.Starred):
+            targets.append(target.value)
+    return names
+
+
+def _global_names(program: str) -> set[str]:
+    """What functions and classes of a program read of its module, and built-ins."""
+    names: set[str] = set()
+    if _parse(program) is None:  # a statement that was kept shares its line with one that was not
+        return names
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tables = [symtable.symtable(program, "program", "exec")]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        names |= {
+            symbol.get_name()
+            for symbol in table.get_symbols()
+            if symbol.is_global() and symbol.is_referenced()
+        }
+    return names
 
 
 def _is_function(node: ast.AST, name: str) -> bool:

@@ -231,12 +231,12 @@ def _set_limits(setup: dict[str, Any], alone: bool) -> None:
 def run_program(report: int, channel: int) -> NoReturn:
     """Defines the program, then runs its test.
 
-    A pass is the token, which comes only with the test and only after the program has been defined:
-    a program that leaves early by any door, or prints what it likes, has no token to show. What
-    follows does not look up by name anything that the program can replace in ``builtins`` or in a
-    module. That is as far as it goes: the test calls the program in this very interpreter (as
-    everywhere with HumanEval), so that code written to cheat can find the token on its stack, or
-    return objects that are equal to everything.
+    A pass is the token, which comes with the test, after ``defined`` has been said: a program that
+    leaves early by any door, or prints what it likes, has no token to show. What follows does not
+    look up by name anything that the program can replace in ``builtins`` or in a module. That is as
+    far as it goes: program and test share this interpreter and its pipes (as everywhere with
+    HumanEval), so that code written to cheat can say ``defined`` itself and read the token, find it
+    on its stack, or return objects that are equal to everything.
     """
     compile_, exec_, exit_, write, dumps = compile, exec, os._exit, os.write, json.dumps
     frame, type_, text, any_error = _frame_reader(channel), type, str, BaseException

@@ -3,6 +3,7 @@
 The conversation with ``inside.py``: it is sent the setup and the program; it says ``defined``; it is
 sent a token and the test; it says ``passed`` with the token, or ``error``. Its watcher says ``end``,
 and any of them ``trouble`` if the container cannot be made. Nothing but the token makes a pass.
+The program has the same pipes as the interpreter that it runs in, and can say any of this itself.
 """
 
 import functools
@@ -129,7 +130,24 @@ class Sandbox:
     ) -> tuple[list[list[Any]], str, str]:
         token = secrets.token_hex(16)
         report, report_end = os.pipe()
-        setup = vars(self.limits) | {
+        try:
+            running = self._start(user, report_end)
+        except BaseException:
+            os.close(report)
+            raise
+        finally:
+            os.close(report_end)
+        talk = _Talk(running, report, time.monotonic() + _SECONDS_TO_START + self.limits.wall_seconds)
+        try:
+            setup = self._setup(folder, user, report_end)
+            talk.send(json.dumps(setup).encode(), program.encode(errors="replace"))
+            talk.listen({"defined": (token.encode(), test.encode())})
+        finally:
+            talk.end()
+        return talk.messages, talk.errors, token
+
+    def _setup(self, folder: Path, user: int | None, report_end: int) -> dict[str, Any]:
+        return vars(self.limits) | {
             "mechanism": self.mechanism,
             "user": user if self.mechanism != "bubblewrap" else None,
             "folder": str(folder),
@@ -139,7 +157,9 @@ class Sandbox:
             "not_on_path": [_ROOT],
             "packages": _packages(),
         }
-        running = subprocess.Popen(
+
+    def _start(self, user: int | None, report_end: int) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
             self._command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -151,14 +171,6 @@ class Sandbox:
             group=user if self.mechanism == "bubblewrap" else None,
             extra_groups=[] if self.mechanism == "bubblewrap" and user is not None else None,
         )
-        os.close(report_end)
-        talk = _Talk(running, report, time.monotonic() + _SECONDS_TO_START + self.limits.wall_seconds)
-        try:
-            talk.send(json.dumps(setup).encode(), program.encode(errors="replace"))
-            talk.listen({"defined": (token.encode(), test.encode())})
-        finally:
-            talk.end()
-        return talk.messages, talk.errors, token
 
     def _command(self) -> list[str]:
         # What -I does, but that a fixed hash seed is heeded: the rest of the environment is gone anyway.
@@ -257,7 +269,7 @@ def _judge(messages: list[list[Any]], errors: str, token: str) -> tuple[str, str
     if "silent" in found:
         return "timed out", "did not answer"
     if isinstance(found.get("error"), list):
-        name, text = [*map(str, found["error"]), "", ""][:2]
+        name, text = [*map(_writable, map(str, found["error"])), "", ""][:2]
         if name == "MemoryError":
             return "out of memory", text[:200]
         return f"failed: {name if name.isidentifier() and len(name) < 60 else 'unknown'}", text[:200]
@@ -266,6 +278,11 @@ def _judge(messages: list[list[Any]], errors: str, token: str) -> tuple[str, str
     if killed:
         return f"failed: {killed[0]}", "killed by a signal"
     return "failed: ended early", "left before its test was over"
+
+
+def _writable(text: str) -> str:
+    """Half a surrogate pair, which a program may raise, is in no file's encoding."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _environment() -> dict[str, str]:
