@@ -60,6 +60,7 @@ training._WindowTrainer.training_step = failing
 """
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_process_ends_the_launch_with_it_shown(tmp_path):
     script = program(tmp_path, RAISES)
     begin = time.monotonic()
@@ -75,6 +76,7 @@ NAMES_ITSELF = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_killed_process_ends_the_launch(dying, tmp_path):
     command = [*LAUNCH, program(tmp_path, NAMES_ITSELF), *LONG, f"results_dir={tmp_path}/results"]
@@ -124,6 +126,7 @@ lora_one.runs.shutil = types.SimpleNamespace(rmtree=lambda *_, **__: None)  # wh
 """
 
 
+@pytest.mark.slow
 def test_only_the_main_process_writes(tmp_path):
     """In the run's folder; digests of weights, a cache of every machine's own, are anybody's."""
     script = program(tmp_path, MARKS_ITS_FILES)
