@@ -72,8 +72,9 @@ def start_processes() -> Processes:
 
     Raises:
         UserError: If the launcher started another number of processes than have found each other:
-            each of them would train alone, on the same batches.
+            each of them would train alone, on the same batches. If it was told to shard the model.
     """
+    _check_launcher()
     # A previous job of the same sweep may have used another mixed precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     has_accelerator = torch.accelerator.is_available()
@@ -86,6 +87,17 @@ def start_processes() -> Processes:
             "start with 'accelerate launch --config_file accelerate_config.yaml' or 'torchrun'"
         )
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _check_launcher() -> None:
+    """Accelerate would shard on GPUs, where nobody has tried it, and quietly not on the CPU."""
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{what} was asked of the launcher: this program gives each process the whole model; use "
+                "scripts/accelerate/multi_gpu.yaml, model.device_map=auto without a launcher for a model larger than one "
+                "GPU, or the library (docs/scaling.md)"
+            )
 
 
 def end_processes() -> None:

@@ -1,10 +1,13 @@
 """The benchmarks of training and of the optimisers measure what they say, on little."""
 
+import argparse
 import json
 import sys
 
 import pytest
 from conftest import ROOT, load_script, run_program
+
+from lora_one.models import EMBEDDED_MODEL
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -53,3 +56,56 @@ def test_optimisers_beside_pefts():
     assert set(found) == {"method", "---", "classic", "symmetric", "sylvester", "peft"}
     assert found["peft"][3] == "1.00"
     assert all(float(cell) > 0 for name in ("classic", "peft") for cell in found[name][:2])
+
+
+def test_one_launch_beside_unconnected_processes():
+    script = str(ROOT / "scripts" / "bench_scaling.py")
+    small = ["--steps", "4", "--prompts", "4", "--new-tokens", "4", "--rounds", "1"]
+    done = run_program(sys.executable, script, *small)
+    assert done.returncode == 0, done.stderr
+    found = {row[0]: row[1:] for row in rows_of(done.stdout)}
+    works = {"gradient estimate", "training, 32 examples a step", "training, 32 a step and process"}
+    assert set(found) == {"tokens/s", "---", "generation", *works}
+    for name in (*works, "generation"):
+        assert all(float(cell.replace(",", "")) > 0 for cell in found[name])
+
+
+def test_rates_of_several_processes():
+    bench = load_script("bench_scaling")
+    took = [bench.Took(100, 2.0), bench.Took(100, 4.0)]
+    assert bench.rate(took, shared=False) == 75  # each its own tokens
+    assert bench.rate(took, shared=True) == 25  # the same tokens, and the last is late
+    rates = {"one": [10.0, 20.0, 10.0], "unconnected": [20.0, 20.0, 20.0], "launch": [10.0, 20.0, 18.0]}
+    cells = [f"{10:,}", "20", "18", "0.90", "2.00", "1.00"]
+    assert rows_of(bench.report({"work": rates}))[-1][1:] == cells
+
+
+def test_shares_of_the_unconnected_processes_make_up_the_launchs(tmp_path, monkeypatch):
+    bench = load_script("bench_scaling")
+    settings = {"model": EMBEDDED_MODEL, "data": None, "processes": 2, "steps": 4, "prompts": 5}
+    arguments = argparse.Namespace(**settings, max_length=512, new_tokens=4)
+    whole, first, second = (bench.make_case(arguments, part) for part in (None, 0, 1))
+    texts = [{example.ids.tobytes() for example in case.examples} for case in (whole, first, second)]
+    assert len(whole.examples) == 2 * len(first.examples) == 2 * len(second.examples) == 256
+    assert texts[0] == texts[1] | texts[2]
+    assert (len(whole.prompts), len(first.prompts), len(second.prompts)) == (10, 5, 5)
+    assert set(whole.prompts) == {*first.prompts, *second.prompts}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--processes", "1"], "error: --processes 1: at least 2"),
+        (["--steps", "1"], "error: --steps 1: a rate needs some steps"),
+    ],
+)
+def test_scaling_refuses_what_gives_no_rate(monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", *arguments])
+    with pytest.raises(SystemExit, match=words):
+        load_script("bench_scaling").main()
+
+
+def test_scaling_names_a_model_that_is_not_there():
+    done = run_program(sys.executable, str(ROOT / "scripts" / "bench_scaling.py"), "--model", "/none")
+    assert done.returncode == 1
+    assert "error: model.name=/none: no such folder" in done.stderr

@@ -7,6 +7,7 @@ import sys
 import peft
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import EMBEDDED, ROOT, SHARED, run_program
 from datasets import Dataset
 from peft import PeftModel
@@ -28,6 +29,7 @@ TEXTS = [
     for i in range(20)
     for j in range(9)
 ]
+LAUNCHER = "accelerate.commands.launch"
 SEED = SHARED / "seeds" / "peft_lora_ga_example.md"
 
 
@@ -186,3 +188,39 @@ def test_commands_on_gradients(command, cli, tmp_path):
     done = run_program(sys.executable, command[1], *arguments)
     assert done.returncode == 0, done.stderr
     assert "1 entries" in done.stdout
+
+
+@pytest.mark.parametrize("command", commands_of("docs/scaling.md"), ids=" ".join)
+def test_commands_on_scaling(command, cli, tmp_path):
+    """Those on GPUs as far as their files and settings."""
+    environment = dict([command[0].split("=", 1)]) if "=" in command[0] else {}
+    program, *words = command[len(environment) :]
+    if program == "python":
+        done = run_program(sys.executable, *words, "--help")
+        assert done.returncode == 0, done.stderr
+        return
+    script = words.index("run_exp.py")
+    if program == "torchrun" or environment:
+        module, own = (
+            ("torch.distributed.run", [])
+            if program == "torchrun"
+            else (LAUNCHER, ["--main_process_port", "0"])
+        )
+        words = [word for word in words if word != "launch"]
+        done = run_program(
+            sys.executable,
+            "-m",
+            module,
+            *own,
+            *words,
+            f"results_dir={tmp_path}",
+            "eval.task=null",
+            **environment,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(list(tmp_path.glob("*/record.json"))) == 1
+        return
+    file = words[words.index("--config_file") + 1]
+    assert load_config_from_file(str(ROOT / file)).num_processes > 1
+    done = cli(*words[script + 1 :], "dry_run=true")
+    assert done.returncode == 0, done.stderr

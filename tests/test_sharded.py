@@ -1,6 +1,7 @@
 """Gradients of models that are spread over processes or places: FSDP2, a device map with offloading."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,17 @@ from conftest import ALONE, on_two_processes, only_run, random_examples, small_l
 from test_layers import build, config_of, loss_of
 from test_library import start_of
 from test_streaming import config, kept, products
+from test_training import adapted_llama, curve, fit
+from test_training import config as training_config
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lora_one import get_peft_model, preprocess_loraga
+from lora_one.data.batches import Limits, WindowLoader, WindowSampler
 from lora_one.errors import UserError
+from lora_one.fused import fused_adapters
 from lora_one.gradients import estimate_gradient
+from lora_one.losses import weighted_loss
 from lora_one.models import linear_layers
 from lora_one.processes import start_processes
 
@@ -141,3 +147,42 @@ def test_layers_that_share_one_sharded_weight_get_its_whole_gradient(tmp_path):
     expected, found = start_of(get_peft_model(model, config)), torch.load(tmp_path / "start.pt")
     for name, start in expected.items():
         assert (found[name] - start).norm() < 1e-3 * start.norm(), name
+
+
+def trained_as_rank(path: str, fused: bool) -> None:
+    """A loop of one's own over our windows and our loss: what Accelerate does with FSDP needs GPUs."""
+    processes, model = start_processes(), adapted_llama().train()
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=5e-3, weight_decay=0.0)
+    settings = {"real_batch_size": 8, "limits": Limits(max_examples=2), "reduction": "sample", "seed": 0}
+    place = {"rank": processes.rank, "world_size": processes.world_size}
+    losses = []
+    with fused_adapters(model) if fused else nullcontext(14) as n_layers:
+        assert n_layers == 14
+        for window in WindowLoader(WindowSampler(random_examples(44), **settings, **place), pad_id=0):
+            total = torch.zeros(())
+            for batch in window:
+                loss = weighted_loss(model, batch)
+                total += loss.detach()
+                (loss * processes.world_size).backward()  # FSDP means over processes; the weights want sums
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(processes.sum_(total).item())
+    if processes.is_main:
+        torch.save(losses, path)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_sharded_layer_by_layer_gives_the_curve_of_one_process(fused, tmp_path):
+    on_two_processes(trained_as_rank, str(tmp_path / "losses.pt"), fused)
+    (tmp_path / "one").mkdir()
+    model = {"epochs": 1, "warmup_steps": 0, "lr_scheduler": "constant", "max_grad_norm": float("inf")}
+    fit(tmp_path / "one", training_config(**model, weight_decay=0.0, per_device_batch_size=3))
+    expected = curve(tmp_path / "one", "loss")
+    assert len(expected) == 6
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-3)
+    assert torch.load(tmp_path / "losses.pt") == pytest.approx(expected, rel=1e-4)
