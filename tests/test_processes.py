@@ -195,7 +195,10 @@ def test_sharding_launchers_are_refused_in_one_line(cli, monkeypatch):
         assert "scripts/accelerate/multi_gpu.yaml" in line
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+LAUNCH_FILES = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
 def test_launch_files_are_accelerates_and_begin_with_their_command(path):
     first, second, *_ = path.read_text().splitlines()
     assert f"accelerate launch --config_file scripts/accelerate/{path.name}" in first
