@@ -24,6 +24,7 @@ from eval.engine import continuous
 from eval.engine.answers import AnswerStore, weights_digest
 from eval.engine.decoding import Decoding, StopWatch, before_stop, next_tokens, uniforms, until_end
 from eval.engine.generation import encode_prompts, generate, generate_counted
+from eval.engine.row_batch import Decoder, Prompt, RowBatch
 from eval.engine.row_cache import Columns, n_cache_layers
 from eval.subject import Request, Subject
 from lora_one.data.tiny import problems
@@ -158,6 +159,33 @@ def test_a_state_that_is_no_list_of_columns_goes_by_transformers(tokenizer):
     assert found == stock(model, tokenizer, PROMPTS, 6)
     sampled = generate(Subject(model, tokenizer, ALONE), PROMPTS, SAMPLED, Request())
     assert sampled == generate(Subject(model, tokenizer, ALONE, batch_size=1), PROMPTS, SAMPLED, Request())
+
+
+def test_a_row_that_nobody_replaces_draws_no_further_numbers(tokenizer):
+    model = random_model("llama", tokenizer)
+    prompts = [f"{'ab ' * n}A" for n in range(31, 0, -1)]
+
+    def sampled(rows, *stop):
+        subject = Subject(model, tokenizer, ALONE, batch_size=rows)
+        return generate(subject, prompts, Decoding(64, temperature=1.0, stop=stop), Request(seed=1))
+
+    whole = sampled(1)
+    # Two of the first sixteen end at once and are replaced; the last one ends later, and for it alone no
+    # prompt is read; all others go on to their limit.
+    stops = whole[13][:9], whole[14][:9], whole[15][50:59]
+    assert ["".join("x" for stop in stops if stop in text) for text in whole] == [""] * 13 + ["x"] * 3 + [""] * 15
+    expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in whole]
+    assert sampled(16, *stops) == expected
+
+
+def test_a_row_that_waits_long_stays_within_the_positions(tokenizer):
+    # One row lives on beside one that ended, for more steps than the model has places.
+    decoder = Decoder(random_model("gpt2", tokenizer), 3, Decoding(20, 1.0), 0, ALONE.device)
+    batch = RowBatch(decoder, [Prompt(0, [5, 6]), Prompt(1, [7])])
+    batch.rest([0])
+    for _ in range(50):
+        batch.step(4)
+        batch._places[1] = batch._steps[1] = 0  # as where one follows the other in this place
 
 
 def test_sampling_depends_on_seed_and_place_alone(trained, tokenizer):

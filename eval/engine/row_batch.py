@@ -96,6 +96,8 @@ class RowBatch:
 
     def step(self, n: int) -> None:
         """Continues all rows by ``n`` tokens."""
+        # Else they would count on, beyond the random numbers and the positions that there are.
+        self.rest([number for number, row in enumerate(self.rows) if row.has_ended])
         for _ in range(n):
             self._choose(self._decoder.logits(self._last, self._mask.whole, self._places, self._cache))
         for row in self.rows:
@@ -142,6 +144,8 @@ class RowBatch:
 
     def rest(self, numbers: Sequence[int]) -> None:
         """Rows that have ended start counting again: they are computed until another takes their place."""
+        if not numbers:
+            return
         rows = torch.tensor(numbers, dtype=torch.long, device=self._decoder.device)
         self._places[rows] = 0
         self._steps[rows] = 0
