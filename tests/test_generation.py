@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ALONE, EMBEDDED, load_script, on_two_processes, save_small_t5
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -173,7 +174,9 @@ def test_a_row_that_nobody_replaces_draws_no_further_numbers(tokenizer):
     # Two of the first sixteen end at once and are replaced; the last one ends later, and for it alone no
     # prompt is read; all others go on to their limit.
     stops = whole[13][:9], whole[14][:9], whole[15][50:59]
-    assert ["".join("x" for stop in stops if stop in text) for text in whole] == [""] * 13 + ["x"] * 3 + [""] * 15
+    assert ["".join("x" for stop in stops if stop in text) for text in whole] == [""] * 13 + ["x"] * 3 + [
+        ""
+    ] * 15
     expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in whole]
     assert sampled(16, *stops) == expected
 
@@ -381,15 +384,77 @@ def test_what_is_kept_is_used(trained, tokenizer, tmp_path):
     assert "kept" in generate(subject, PROMPTS[:2], Decoding(4), request)
 
 
-def test_the_digest_of_weights_sees_every_change(trained):
-    digests = {weights_digest(trained)}
+def _swap_rows(weight):
+    weight.data[[3, 4]] = weight.data[[4, 3]]
+
+
+def _swap_far(weight):
+    weight.data[[0, 300]] = weight.data[[300, 0]]
+
+
+def _negate(weight):
+    weight.data.neg_()
+
+
+CHANGES = {
+    "one number": lambda m: m.base_model.model.model.norm.weight.data.view(-1)[3].add_(1e-5),
+    "two rows of one half": lambda m: _swap_rows(m.get_input_embeddings().weight),
+    "rows of two halves": lambda m: _swap_far(m.get_input_embeddings().weight),
+    "all signs": lambda m: _negate(m.get_input_embeddings().weight),
+    "rows and columns": lambda m: _transpose(m.base_model.model.model.layers[0].self_attn.q_proj.base_layer),
+    "a trained row": lambda m: m.get_input_embeddings().weight.data[77].add_(0.01),
+    "precision": lambda m: m.bfloat16(),
+    "alpha": lambda m: setattr(m.peft_config["default"], "lora_alpha", 5),
+    "scaling": lambda m: m.base_model.model.model.layers[1].mlp.up_proj.scaling.update(default=0.7),
+    "no adapter": lambda m: m.base_model.disable_adapter_layers(),
+    "config": lambda m: setattr(m.config, "rms_norm_eps", 1e-3),
+}
+
+
+def _transpose(layer):
+    layer.weight.data = layer.weight.data.T.contiguous()
+
+
+def _adapted():
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
-    assert weights_digest(model) in digests
-    for parameter in (model.model.norm.weight, model.model.layers[0].mlp.up_proj.weight):
-        parameter.data.view(-1)[3] += 1e-5
-        digests.add(weights_digest(model))
-    digests.add(weights_digest(model.bfloat16()))
-    assert len(digests) == 4
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4))
+
+
+def test_the_digest_of_weights_is_of_the_weights():
+    one, other = _adapted(), _adapted()
+    other.config.use_cache, other.config._name_or_path = False, "elsewhere"
+    other.peft_config["default"].inference_mode = True
+    assert weights_digest(one.train()) == weights_digest(other.eval()) == weights_digest(one)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_digest_of_weights_sees_every_change(change):
+    model = _adapted()
+    before = weights_digest(model)
+    CHANGES[change](model)
+    assert weights_digest(model) != before
+
+
+def test_the_digest_reads_weights_that_were_moved_away():
+    model, same = (AutoModelForCausalLM.from_pretrained(EMBEDDED) for _ in range(2))
+    cpu_offload(model, torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    assert weights_digest(model) == weights_digest(same)
+    assert model.lm_head.weight.device.type == "meta"
+    with torch.device("meta"):
+        nowhere = AutoModelForCausalLM.from_config(same.config)
+    with pytest.raises(UserError, match="are not loaded"):
+        weights_digest(nowhere)
+
+
+def test_other_end_tokens_are_other_answers(tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    subject, request = Subject(model, tokenizer, ALONE), Request(folder=tmp_path)
+    whole = generate(subject, PROMPTS[:3], Decoding(20), request)
+    third = tokenizer(whole[0])["input_ids"][2]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, third]
+    assert generate(subject, PROMPTS[:3], Decoding(20), request)[0] != whole[0]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

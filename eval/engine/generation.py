@@ -80,11 +80,12 @@ def generate_counted(
     if not isinstance(subject.model, VllmModel):
         decoding = _within_context(subject.model, decoding)
     processes = subject.processes
-    with AnswerStore(request.folder, _settings(subject, encoded, decoding, request), processes) as store:
+    ends = _ends(subject, prompts)
+    settings = _settings(subject, encoded, decoding, request, ends)
+    with AnswerStore(request.folder, settings, processes) as store:
         known = {index: _Answer.stored(value) for index, value in store.known.items()}
         made: list[tuple[int, _Answer]] = []
         with _ready(subject.model):
-            ends = _ends(subject, prompts)
             for index, answer in _shown(subject, encoded, known, decoding, request, ends):
                 store.add(index, dataclasses.asdict(answer))
                 made.append((index, answer))
@@ -145,7 +146,7 @@ def _has_learned_positions(model: Any, context: int) -> bool:
 
 
 def _settings(
-    subject: Subject, prompts: Sequence[Prompt], decoding: Decoding, request: Request
+    subject: Subject, prompts: Sequence[Prompt], decoding: Decoding, request: Request, ends: Sequence[int]
 ) -> dict[str, Any]:
     """All that the answers depend on."""
     if request.folder is None:
@@ -157,6 +158,7 @@ def _settings(
         "prompts": digest_of([prompt.ids for prompt in prompts]),
         "decoding": dataclasses.asdict(decoding),
         "seed": request.seed,
+        "ends": list(ends),
     }
     if decoding.is_sampled and decoding.num_beams > 1:
         settings |= {"max_tokens": subject.max_tokens, "batch_size": subject.batch_size}
