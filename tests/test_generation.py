@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from eval.command import load_subject, make_parser
-from eval.engine import continuous
+from eval.engine import batch_limits, continuous
 from eval.engine.answers import AnswerStore, weights_digest
 from eval.engine.decoding import Decoding, StopWatch, before_stop, next_tokens, uniforms, until_end
 from eval.engine.generation import encode_prompts, generate, generate_counted
@@ -315,6 +316,70 @@ def test_no_batch_is_larger_than_allowed(trained, tokenizer, monkeypatch, tokens
     assert found == generate(Subject(trained, tokenizer, ALONE), PROMPTS, Decoding(20), Request())
 
 
+def test_the_processes_of_a_machine_share_its_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(batch_limits, "_MOST_TOKENS", 10**12)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**30))
+    decoder = Decoder(random_model("llama", tokenizer), 3, Decoding(20), 0, ALONE.device)
+    found = []
+    for n in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", n)
+        found.append(batch_limits.batch_limits(decoder, None, None).max_tokens)
+    # Three layers' keys and values, two heads of eight numbers of four bytes.
+    assert found == [int(0.6 * 2**30 / n / (3 * 2 * 2 * 8 * 4)) for n in (1, 4)]
+
+
+def _with_habits(model):
+    """A generation config as chat models are published with."""
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, min_length=60, suppress_tokens=list(range(3, 60))
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["beams", "pair", "adapter", "sampled beams"])
+def test_a_models_own_generation_config_decides_nothing(tokenizer, tmp_path, kind):
+    if kind == "pair":
+        model = AutoModelForSeq2SeqLM.from_pretrained(save_small_t5(tmp_path / "t5", tokenizer))
+    else:
+        model = _adapted() if kind == "adapter" else AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    decoding = Decoding(12, num_beams=1 if kind == "pair" else 3)
+    if kind == "sampled beams":
+        decoding = Decoding(12, temperature=0.5, num_beams=2)
+    subject = Subject(model, tokenizer, ALONE)
+    plain = generate(subject, PROMPTS[:4], decoding, Request())
+    _with_habits(model.get_base_model() if kind == "adapter" else model)
+    _with_habits(model)
+    own = model.generation_config
+    assert generate(subject, PROMPTS[:4], decoding, Request()) == plain
+    assert model.generation_config is own
+    assert own.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("decoding", [Decoding(4), SAMPLED, Decoding(4, 1.0), Decoding(4, num_beams=2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(tokenizer, decoding, value):
+    model = random_model("llama", tokenizer)
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(Subject(model, tokenizer, ALONE), PROMPTS[:3], decoding, Request())
+
+
+@pytest.mark.parametrize("decoding", [Decoding(4), SAMPLED])
+def test_a_pairs_logits_are_looked_at_too(tokenizer, tmp_path, decoding):
+    model = AutoModelForSeq2SeqLM.from_pretrained(save_small_t5(tmp_path / "t5", tokenizer))
+    model.decoder.final_layer_norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(Subject(model, tokenizer, ALONE), PROMPTS[:3], decoding, Request())
+
+
+def test_one_broken_row_is_enough():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, float("nan"), 0.0], [0.0, -float("inf"), -1.0]])
+    draws = torch.zeros(3)
+    for decoding in (Decoding(), Decoding(temperature=1.0), Decoding(temperature=1.0, top_k=2)):
+        first, second, third = next_tokens(logits, decoding, draws).tolist()
+        assert (first in (0, 2), second, third) == (True, -1, 0)
+
+
 def test_nothing_to_do_is_nothing(trained, tokenizer):
     assert generate(Subject(trained, tokenizer, ALONE), [], Decoding(), Request()) == []
     assert generate_counted(Subject(trained, tokenizer, ALONE), [""], Decoding(4), Request()).texts[0]
@@ -560,6 +625,32 @@ def test_vllm_gets_tokens_settings_and_seeds(vllm, tokenizer, tmp_path):
     assert params[0].stop == ["##"]
     generate(subject, PROMPTS, decoding, request)
     assert len(vllm.asked) == 1
+
+
+def test_vllm_answers_are_those_of_the_same_files_and_precision(vllm, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(EMBEDDED, base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(adapter)
+
+    def fingerprint(*flags):
+        options = make_parser("").parse_args(
+            ["--model_name", str(base), "--backend", "vllm", "--adapter", str(adapter), *flags]
+        )
+        return load_subject(options, ALONE).model.fingerprint
+
+    seen = [fingerprint(), fingerprint("--bf16")]
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    seen.append(fingerprint())
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.01}))
+    seen.append(fingerprint())
+    for n in (1, 2):
+        (base / "pytorch_model.bin").write_bytes(bytes(n))
+        seen.append(fingerprint())
+    assert len(set(seen)) == 6
+    assert fingerprint() == seen[-1]
 
 
 def test_what_vllm_cannot_do_is_one_line(vllm, tmp_path, monkeypatch):

@@ -211,12 +211,12 @@ def _chosen_tokens(
     mine = sorted(unknown, key=lambda prompt: -len(prompt.ids))[processes.rank :: processes.world_size]
     if isinstance(model, VllmModel):
         return len(mine), ((prompt, ids, False) for prompt, ids in model.answer(mine, decoding, seed))
-    inner = _without_wrapper(model)
-    n_layers = None if model.config.is_encoder_decoder or inner is None else n_cache_layers(inner)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model  # its layers hold the adapter
+    n_layers = None if model.config.is_encoder_decoder else n_cache_layers(inner)
     if n_layers is not None and decoding.num_beams == 1:
         decoder = Decoder(inner, n_layers, decoding, seed, processes.device)
         return len(mine), _continuous(decoder, subject, mine, ends)
-    whole = WholeBatches(model, subject.tokenizer, decoding, seed, ends, processes.device)
+    whole = WholeBatches(inner, subject.tokenizer, decoding, seed, ends, processes.device)
     padded = model.config.is_encoder_decoder or n_layers is not None
     batches = whole.split(prompts, subject.max_tokens, subject.batch_size, padded=padded)
     # A batch is answered as a whole, or not at all: sampled beams depend on their neighbours.
@@ -241,10 +241,3 @@ def _ready(model: Any) -> Iterator[None]:
         return
     with in_mode(model, training=False), torch.inference_mode():
         yield
-
-
-def _without_wrapper(model: Any) -> Any:
-    """The model whose layers hold the adapter; None where the adapter is no part of its layers."""
-    if not isinstance(model, PeftModel):
-        return model
-    return None if model.active_peft_config.is_prompt_learning else model.get_base_model()
