@@ -237,6 +237,7 @@ def test_the_token_that_starts_a_text_is_not_cut(tokenizer):
     cut = within(Question((bos, 5, 6, 7, 8), (3,)), 3, subject)
     assert (cut.context, cut.is_cut) == ((bos, 7, 8), True)
     assert within(Question((5, 6, 7, 8), (3,)), 3, subject).context == (6, 7, 8)
+    assert within(Question((bos, 5, 6), (3,)), 1, subject).context == (bos,)
     whole = Question((bos, 5), (3,))
     assert within(whole, 2, subject) is within(whole, None, subject) is whole
 

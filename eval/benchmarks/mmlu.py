@@ -8,7 +8,8 @@ from typing import Any
 from eval.benchmarks.mmlu_data import LETTERS, Exam, Item, limited, read_exams
 from eval.benchmarks.mmlu_subjects import CATEGORIES
 from eval.engine.answers import AnswerStore, digest_of, weights_digest
-from eval.engine.questions import Question, context_length, encode, within
+from eval.engine.context import context_length
+from eval.engine.questions import Question, encode, within
 from eval.engine.scoring import score
 from eval.results import EvalResult, Figure, share
 from eval.subject import Request, Subject

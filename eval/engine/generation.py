@@ -1,7 +1,6 @@
 """One engine behind every benchmark that reads what a model writes."""
 
 import dataclasses
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from eval.engine.answers import AnswerStore, digest_of, weights_digest
 from eval.engine.batch_limits import batch_limits
+from eval.engine.context import context_length, without_beginning
 from eval.engine.continuous import ContinuousBatch
 from eval.engine.decoding import Decoding, before_stop, end_tokens, until_end
 from eval.engine.row_batch import Decoder, Prompt
@@ -105,30 +105,21 @@ def encode_prompts(subject: Subject, prompts: Sequence[str], decoding: Decoding)
     """
     tokenizer, config = subject.tokenizer, subject.model.config
     first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    context = _context(config)
+    context = context_length(subject.model)
     own = 0 if config.is_encoder_decoder else decoding.max_new_tokens
-    limit = max(context - own, context // 2)
+    limit = None if context is None else max(context - own, context // 2)
     encoded = []
     for index, row in enumerate(prompt_ids(prompts, tokenizer, for_encoder=config.is_encoder_decoder)):
-        ids = row or [next(token for token in first if token is not None)]
-        is_cut = len(ids) > limit
-        if is_cut:
-            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            ids = begin + ids[len(ids) - limit + len(begin) :]
-        encoded.append(Prompt(index, ids, is_cut))
+        whole = row or [next(token for token in first if token is not None)]
+        ids = without_beginning(whole, limit, tokenizer.bos_token_id)
+        encoded.append(Prompt(index, ids, is_cut=len(ids) < len(whole)))
     return encoded
-
-
-def _context(config: Any) -> int:
-    """Tokens that the model was made for; no end of them where its config does not say."""
-    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return sys.maxsize if found is None else int(found)
 
 
 def _within_context(model: Any, decoding: Decoding) -> Decoding:
     """Learned positions end with the context: at most half of it is generated there."""
-    context = _context(model.config)
-    if not _has_learned_positions(model, context):
+    context = context_length(model)
+    if context is None or not _has_learned_positions(model, context):
         return decoding
     room = context - 1 if model.config.is_encoder_decoder else context - context // 2
     return dataclasses.replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from eval.engine.context import context_length
 from eval.engine.decoding import not_finite
 from eval.engine.prefixes import for_rows, read_prefix
-from eval.engine.questions import Question, context_length, encode, within
+from eval.engine.questions import Question, encode, within
 from eval.subject import Request, Subject
 from lora_one.modes import in_mode
 from lora_one.progress import progress_bar
