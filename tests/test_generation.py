@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ALONE, EMBEDDED, load_script, on_two_processes, save_small_t5
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -20,10 +22,11 @@ from transformers import (
 )
 
 from eval.command import load_subject, make_parser
-from eval.engine import continuous
+from eval.engine import batch_limits, continuous
 from eval.engine.answers import AnswerStore, weights_digest
 from eval.engine.decoding import Decoding, StopWatch, before_stop, next_tokens, uniforms, until_end
 from eval.engine.generation import encode_prompts, generate, generate_counted
+from eval.engine.row_batch import Decoder, Prompt, RowBatch
 from eval.engine.row_cache import Columns, n_cache_layers
 from eval.subject import Request, Subject
 from lora_one.data.tiny import problems
@@ -160,6 +163,35 @@ def test_a_state_that_is_no_list_of_columns_goes_by_transformers(tokenizer):
     assert sampled == generate(Subject(model, tokenizer, ALONE, batch_size=1), PROMPTS, SAMPLED, Request())
 
 
+def test_a_row_that_nobody_replaces_draws_no_further_numbers(tokenizer):
+    model = random_model("llama", tokenizer)
+    prompts = [f"{'ab ' * n}A" for n in range(31, 0, -1)]
+
+    def sampled(rows, *stop):
+        subject = Subject(model, tokenizer, ALONE, batch_size=rows)
+        return generate(subject, prompts, Decoding(64, temperature=1.0, stop=stop), Request(seed=1))
+
+    whole = sampled(1)
+    # Two of the first sixteen end at once and are replaced; the last one ends later, and for it alone no
+    # prompt is read; all others go on to their limit.
+    stops = whole[13][:9], whole[14][:9], whole[15][50:59]
+    assert ["".join("x" for stop in stops if stop in text) for text in whole] == [""] * 13 + ["x"] * 3 + [
+        ""
+    ] * 15
+    expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in whole]
+    assert sampled(16, *stops) == expected
+
+
+def test_a_row_that_waits_long_stays_within_the_positions(tokenizer):
+    # One row lives on beside one that ended, for more steps than the model has places.
+    decoder = Decoder(random_model("gpt2", tokenizer), 3, Decoding(20, 1.0), 0, ALONE.device)
+    batch = RowBatch(decoder, [Prompt(0, [5, 6]), Prompt(1, [7])])
+    batch.rest([0])
+    for _ in range(50):
+        batch.step(4)
+        batch._places[1] = batch._steps[1] = 0  # as where one follows the other in this place
+
+
 def test_sampling_depends_on_seed_and_place_alone(trained, tokenizer):
     def sampled(prompts, rows=None, seed=0):
         return generate(
@@ -284,6 +316,70 @@ def test_no_batch_is_larger_than_allowed(trained, tokenizer, monkeypatch, tokens
     assert found == generate(Subject(trained, tokenizer, ALONE), PROMPTS, Decoding(20), Request())
 
 
+def test_the_processes_of_a_machine_share_its_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(batch_limits, "_MOST_TOKENS", 10**12)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**30))
+    decoder = Decoder(random_model("llama", tokenizer), 3, Decoding(20), 0, ALONE.device)
+    found = []
+    for n in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", n)
+        found.append(batch_limits.batch_limits(decoder, None, None).max_tokens)
+    # Three layers' keys and values, two heads of eight numbers of four bytes.
+    assert found == [int(0.6 * 2**30 / n / (3 * 2 * 2 * 8 * 4)) for n in (1, 4)]
+
+
+def _with_habits(model):
+    """A generation config as chat models are published with."""
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, min_length=60, suppress_tokens=list(range(3, 60))
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["beams", "pair", "adapter", "sampled beams"])
+def test_a_models_own_generation_config_decides_nothing(tokenizer, tmp_path, kind):
+    if kind == "pair":
+        model = AutoModelForSeq2SeqLM.from_pretrained(save_small_t5(tmp_path / "t5", tokenizer))
+    else:
+        model = _adapted() if kind == "adapter" else AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    decoding = Decoding(12, num_beams=1 if kind == "pair" else 3)
+    if kind == "sampled beams":
+        decoding = Decoding(12, temperature=0.5, num_beams=2)
+    subject = Subject(model, tokenizer, ALONE)
+    plain = generate(subject, PROMPTS[:4], decoding, Request())
+    _with_habits(model.get_base_model() if kind == "adapter" else model)
+    _with_habits(model)
+    own = model.generation_config
+    assert generate(subject, PROMPTS[:4], decoding, Request()) == plain
+    assert model.generation_config is own
+    assert own.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("decoding", [Decoding(4), SAMPLED, Decoding(4, 1.0), Decoding(4, num_beams=2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(tokenizer, decoding, value):
+    model = random_model("llama", tokenizer)
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(Subject(model, tokenizer, ALONE), PROMPTS[:3], decoding, Request())
+
+
+@pytest.mark.parametrize("decoding", [Decoding(4), SAMPLED])
+def test_a_pairs_logits_are_looked_at_too(tokenizer, tmp_path, decoding):
+    model = AutoModelForSeq2SeqLM.from_pretrained(save_small_t5(tmp_path / "t5", tokenizer))
+    model.decoder.final_layer_norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(Subject(model, tokenizer, ALONE), PROMPTS[:3], decoding, Request())
+
+
+def test_one_broken_row_is_enough():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, float("nan"), 0.0], [0.0, -float("inf"), -1.0]])
+    draws = torch.zeros(3)
+    for decoding in (Decoding(), Decoding(temperature=1.0), Decoding(temperature=1.0, top_k=2)):
+        first, second, third = next_tokens(logits, decoding, draws).tolist()
+        assert (first in (0, 2), second, third) == (True, -1, 0)
+
+
 def test_nothing_to_do_is_nothing(trained, tokenizer):
     assert generate(Subject(trained, tokenizer, ALONE), [], Decoding(), Request()) == []
     assert generate_counted(Subject(trained, tokenizer, ALONE), [""], Decoding(4), Request()).texts[0]
@@ -353,15 +449,77 @@ def test_what_is_kept_is_used(trained, tokenizer, tmp_path):
     assert "kept" in generate(subject, PROMPTS[:2], Decoding(4), request)
 
 
-def test_the_digest_of_weights_sees_every_change(trained):
-    digests = {weights_digest(trained)}
+def _swap_rows(weight):
+    weight.data[[3, 4]] = weight.data[[4, 3]]
+
+
+def _swap_far(weight):
+    weight.data[[0, 300]] = weight.data[[300, 0]]
+
+
+def _negate(weight):
+    weight.data.neg_()
+
+
+CHANGES = {
+    "one number": lambda m: m.base_model.model.model.norm.weight.data.view(-1)[3].add_(1e-5),
+    "two rows of one half": lambda m: _swap_rows(m.get_input_embeddings().weight),
+    "rows of two halves": lambda m: _swap_far(m.get_input_embeddings().weight),
+    "all signs": lambda m: _negate(m.get_input_embeddings().weight),
+    "rows and columns": lambda m: _transpose(m.base_model.model.model.layers[0].self_attn.q_proj.base_layer),
+    "a trained row": lambda m: m.get_input_embeddings().weight.data[77].add_(0.01),
+    "precision": lambda m: m.bfloat16(),
+    "alpha": lambda m: setattr(m.peft_config["default"], "lora_alpha", 5),
+    "scaling": lambda m: m.base_model.model.model.layers[1].mlp.up_proj.scaling.update(default=0.7),
+    "no adapter": lambda m: m.base_model.disable_adapter_layers(),
+    "config": lambda m: setattr(m.config, "rms_norm_eps", 1e-3),
+}
+
+
+def _transpose(layer):
+    layer.weight.data = layer.weight.data.T.contiguous()
+
+
+def _adapted():
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
-    assert weights_digest(model) in digests
-    for parameter in (model.model.norm.weight, model.model.layers[0].mlp.up_proj.weight):
-        parameter.data.view(-1)[3] += 1e-5
-        digests.add(weights_digest(model))
-    digests.add(weights_digest(model.bfloat16()))
-    assert len(digests) == 4
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4))
+
+
+def test_the_digest_of_weights_is_of_the_weights():
+    one, other = _adapted(), _adapted()
+    other.config.use_cache, other.config._name_or_path = False, "elsewhere"
+    other.peft_config["default"].inference_mode = True
+    assert weights_digest(one.train()) == weights_digest(other.eval()) == weights_digest(one)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_digest_of_weights_sees_every_change(change):
+    model = _adapted()
+    before = weights_digest(model)
+    CHANGES[change](model)
+    assert weights_digest(model) != before
+
+
+def test_the_digest_reads_weights_that_were_moved_away():
+    model, same = (AutoModelForCausalLM.from_pretrained(EMBEDDED) for _ in range(2))
+    cpu_offload(model, torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    assert weights_digest(model) == weights_digest(same)
+    assert model.lm_head.weight.device.type == "meta"
+    with torch.device("meta"):
+        nowhere = AutoModelForCausalLM.from_config(same.config)
+    with pytest.raises(UserError, match="are not loaded"):
+        weights_digest(nowhere)
+
+
+def test_other_end_tokens_are_other_answers(tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    subject, request = Subject(model, tokenizer, ALONE), Request(folder=tmp_path)
+    whole = generate(subject, PROMPTS[:3], Decoding(20), request)
+    third = tokenizer(whole[0])["input_ids"][2]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, third]
+    assert generate(subject, PROMPTS[:3], Decoding(20), request)[0] != whole[0]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -467,6 +625,32 @@ def test_vllm_gets_tokens_settings_and_seeds(vllm, tokenizer, tmp_path):
     assert params[0].stop == ["##"]
     generate(subject, PROMPTS, decoding, request)
     assert len(vllm.asked) == 1
+
+
+def test_vllm_answers_are_those_of_the_same_files_and_precision(vllm, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(EMBEDDED, base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(adapter)
+
+    def fingerprint(*flags):
+        options = make_parser("").parse_args(
+            ["--model_name", str(base), "--backend", "vllm", "--adapter", str(adapter), *flags]
+        )
+        return load_subject(options, ALONE).model.fingerprint
+
+    seen = [fingerprint(), fingerprint("--bf16")]
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    seen.append(fingerprint())
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.01}))
+    seen.append(fingerprint())
+    for n in (1, 2):
+        (base / "pytorch_model.bin").write_bytes(bytes(n))
+        seen.append(fingerprint())
+    assert len(set(seen)) == 6
+    assert fingerprint() == seen[-1]
 
 
 def test_what_vllm_cannot_do_is_one_line(vllm, tmp_path, monkeypatch):

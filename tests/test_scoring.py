@@ -160,6 +160,14 @@ def test_an_encoder_reads_the_prompt_and_its_decoder_takes_one_step(tokenizer, t
         torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_choose_nothing(tokenizer, value):
+    subject = make("llama", tokenizer)
+    subject.model.lm_head.weight.data[tokens(tokenizer, PROMPTS[0])[1][2]] = value
+    with pytest.raises(UserError, match="logits are not finite"):
+        choose(subject, PROMPTS, CHOICES, Request())
+
+
 def test_half_precision_is_compared_in_float32(tokenizer):
     subject = make("llama", tokenizer)
     subject.model.to(torch.bfloat16)
@@ -230,6 +238,7 @@ def test_the_token_that_starts_a_text_is_not_cut(tokenizer):
     cut = within(Question((bos, 5, 6, 7, 8), (3,)), 3, subject)
     assert (cut.context, cut.is_cut) == ((bos, 7, 8), True)
     assert within(Question((5, 6, 7, 8), (3,)), 3, subject).context == (6, 7, 8)
+    assert within(Question((bos, 5, 6), (3,)), 1, subject).context == (bos,)
     whole = Question((bos, 5), (3,))
     assert within(whole, 2, subject) is within(whole, None, subject) is whole
 

@@ -126,7 +126,7 @@ def grade_sets(
 ) -> EvalResult:
     """The accuracy on one set, or the mean over several: each set counts the same, as published."""
     results = {
-        name: grade_words(subject, examples, _part(subject, request, name, len(sets)), decoding, name)
+        name: grade_words(subject, examples, _part(request, name, len(sets)), decoding, name)
         for name, examples in sets.items()
     }
     if len(results) == 1:
@@ -216,14 +216,11 @@ def _words_beside(answer: str, row: int) -> tuple[str, ...]:
     )
 
 
-def _part(subject: Subject, request: Request, name: str, n_sets: int) -> Request:
+def _part(request: Request, name: str, n_sets: int) -> Request:
     """The request of one set of several: its own folder, so that each goes on where it was."""
     if n_sets == 1:
         return request
     folder = None if request.folder is None else request.folder / name
-    if folder is not None and subject.processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    subject.processes.wait()
     return replace(request, folder=folder, description=f"{request.description}: {name}")
 
 

@@ -1,27 +1,21 @@
 """MMLU: multiple choice by the logits of the four letters, after worked examples (arXiv:2009.03300)."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from eval.benchmarks.mmlu_data import LETTERS, Exam, Item, limited, read_exams
 from eval.benchmarks.mmlu_subjects import CATEGORIES
-from eval.engine.questions import Question, context_length, encode, within
+from eval.engine.answers import AnswerStore, digest_of, weights_digest
+from eval.engine.context import context_length
+from eval.engine.questions import Question, encode, within
 from eval.engine.scoring import score
 from eval.results import EvalResult, Figure, share
 from eval.subject import Request, Subject
-from lora_one.errors import UserError
-from lora_one.files import write_text
 from lora_one.progress import progress_bar
 
 _CHOICES = [f" {letter}" for letter in LETTERS]
-_SAMPLED = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,11 @@ class Answer:
     logits: tuple[float, ...]
     shots: int
     is_cut: bool
+
+    @classmethod
+    def stored(cls, value: dict[str, Any]) -> "Answer":
+        """As it was written."""
+        return cls(tuple(value["logits"]), value["shots"], value["is_cut"])
 
     @property
     def letter(self) -> str:
@@ -56,31 +55,38 @@ def examine(
 
     Args:
         subject: The model and who shares the work.
-        request: Its limit takes the first questions of every subject in turn; in its folder the answers to
-            each subject are kept, and found again by the same model and questions.
+        request: Its limit takes the first questions of every subject in turn; in its folder the answers
+            are kept subject by subject, and found again by the same model and questions.
         exams: From ``read_exams``.
         shots: Worked examples before each question.
         shares_prefix: Read the examples, which the questions of a subject have in common, once.
     """
     start = time.perf_counter()
     chosen = limited(exams, request.limit)
-    identity = [subject.name, str(subject.model.dtype), weights_sample(subject.model)]
+    settings = {} if request.folder is None else _settings(subject, shots)
     answers: dict[str, list[Answer]] = {}
-    with progress_bar(
-        total=sum(len(exam.questions) for exam in chosen),
-        shown=subject.processes.is_main,
-        desc=request.description,
-        unit="question",
-    ) as bar:
+    with (
+        AnswerStore(request.folder, settings, subject.processes) as store,
+        progress_bar(
+            total=sum(len(exam.questions) for exam in chosen),
+            shown=subject.processes.is_main,
+            desc=request.description,
+            unit="question",
+        ) as bar,
+    ):
         for exam in chosen:
-            store = _Store(subject, request.folder, exam, [*identity, shots])
-            found = store.read()
-            if found is None:
-                found = _take(subject, exam, shots, bar.update, shares_prefix)
-                store.write(found)
-            else:
-                bar.update(len(found))
-            answers[exam.subject] = found
+            keys = _keys(exam, shots)
+            known = {key: Answer.stored(store.known[key]) for key in keys if key in store.known}
+            left = {key: item for key, item in zip(keys, exam.questions, strict=True) if key not in known}
+            bar.update(len(keys) - len(left))
+            if left:
+                rest = replace(exam, questions=tuple(left.values()))
+                made = dict(zip(left, _take(subject, rest, shots, bar.update, shares_prefix), strict=True))
+                if subject.processes.is_main:
+                    for key, answer in made.items():
+                        store.add(key, vars(answer))
+                known |= made
+            answers[exam.subject] = [known[key] for key in keys]
     return _result(chosen, answers, shots, time.perf_counter() - start)
 
 
@@ -130,56 +136,22 @@ def _fitted(subject: Subject, exam: Exam, shots: int) -> dict[tuple[int, bool], 
     return groups
 
 
-def weights_sample(model: Any) -> str:
-    """Digest of some numbers of every parameter: other weights may have the same name."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if parameter.device.type == "meta" or parameter.numel() == 0:
-            continue
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
-        digest.update(some.to(torch.float64).cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _settings(subject: Subject, shots: int) -> dict[str, Any]:
+    """What the answers depend on, apart from the questions."""
+    tokenizer = subject.tokenizer
+    return {
+        "benchmark": "mmlu",
+        "model": subject.name,
+        "weights": weights_digest(subject.model),
+        "tokenizer": digest_of([tokenizer.get_vocab(), tokenizer("A B")["input_ids"]]),
+        "shots": shots,
+    }
 
 
-class _Store:
-    """The answers to one exam in a file, valid for the same questions, examples and model."""
-
-    def __init__(self, subject: Subject, folder: Path | None, exam: Exam, identity: Sequence[Any]) -> None:
-        self._processes = subject.processes
-        self._path = None if folder is None else folder / f"{exam.subject}.json"
-        asked = [prompt(exam.subject, exam.examples, item) for item in exam.questions]
-        self._digest = hashlib.sha256(json.dumps([*identity, asked]).encode()).hexdigest()
-
-    def read(self) -> list[Answer] | None:
-        """The kept answers, on every process; None where there are none of these."""
-        return self._processes.from_main(self._read() if self._processes.is_main else None)
-
-    def _read(self) -> list[Answer] | None:
-        if self._path is None or not self._path.is_file():
-            return None
-        try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            if stored["digest"] != self._digest:
-                return None
-            return [Answer(tuple(row["logits"]), row["shots"], row["is_cut"]) for row in stored["answers"]]
-        except (ValueError, KeyError, TypeError):  # not written by this program: answered again
-            return None
-
-    def write(self, answers: Sequence[Answer]) -> None:
-        """Keeps the answers, in one piece.
-
-        Raises:
-            UserError: If the folder cannot be written.
-        """
-        if self._path is None or not self._processes.is_main:
-            return
-        try:
-            rows = [vars(answer) for answer in answers]
-            write_text(self._path, json.dumps({"digest": self._digest, "answers": rows}) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror}); make room") from None
+def _keys(exam: Exam, shots: int) -> list[int]:
+    """A number for each question, which is the same wherever the question stands."""
+    texts = [prompt(exam.subject, exam.examples[:shots], item) for item in exam.questions]
+    return [int(digest_of(text), 16) for text in texts]
 
 
 def _result(

@@ -179,7 +179,7 @@ def _answer_turn(
         prompts = [
             _prompt(questions[i].turns[: turn + 1], answers[i], is_chat, subject.tokenizer) for i in group
         ]
-        part = _part(request, f"turn{turn + 1}-{temperature:g}", subject)
+        part = _part(request, f"turn{turn + 1}-{temperature:g}")
         texts = generate(subject, prompts, Decoding(max_new_tokens, temperature), part)
         for index, text in zip(group, texts, strict=True):
             # A model of Alpaca prompts may go on with a question of its own.
@@ -187,12 +187,9 @@ def _answer_turn(
             answers[index].append(cut.strip())
 
 
-def _part(request: Request, name: str, subject: Subject) -> Request:
+def _part(request: Request, name: str) -> Request:
     """The request of one call: each keeps its answers in a folder of its own."""
     folder = None if request.folder is None else request.folder / name
-    if folder is not None and subject.processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    subject.processes.wait()
     return replace(request, folder=folder, description=f"{request.description} {name}")
 
 

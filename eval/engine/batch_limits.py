@@ -1,5 +1,7 @@
 """How many tokens a batch may hold, where nobody has said so."""
 
+import os
+
 import psutil
 import torch
 
@@ -18,7 +20,8 @@ def batch_limits(decoder: Decoder, max_tokens: int | None, batch_size: int | Non
     """What was asked for, or else what suits the device.
 
     Without ``max_tokens`` the cache may take six tenths of the memory that is free, which is asked of
-    the device, divided by what the cache of a token takes, which is measured. ``batch_size`` is a
+    the device, divided by what the cache of a token takes, which is measured. The
+    processes of a machine without an accelerator share its memory. ``batch_size`` is a
     further limit; without it there are at most 512 rows.
     """
     rows = batch_size or _MOST_ROWS
@@ -33,4 +36,4 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

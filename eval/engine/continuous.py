@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from eval.engine.decoding import StopWatch
+from eval.engine.decoding import StopWatch, not_finite
 from eval.engine.row_batch import Decoder, Prompt, RowBatch
 
 # Measured with scripts/bench_eval.py.
@@ -62,7 +62,11 @@ class ContinuousBatch:
         self._batch: RowBatch | None = None
 
     def __iter__(self) -> Iterator[tuple[Prompt, list[int]]]:
-        """Every prompt with the tokens chosen for it, as it ends; what follows its end is not cut off."""
+        """Every prompt with the tokens chosen for it, as it ends; what follows its end is not cut off.
+
+        Raises:
+            UserError: If the model's logits are not finite.
+        """
         while self._queue or self._batch is not None:
             self._admit()
             n_steps = self._steps()
@@ -124,9 +128,13 @@ class ContinuousBatch:
         """Those that ended in the last columns."""
         batch = self._batch
         assert batch is not None
-        found = torch.isin(batch.last_columns(n_columns), self._end_ids).any(1).tolist()
+        columns = batch.last_columns(n_columns)
+        looked = torch.stack([torch.isin(columns, self._end_ids).any(1), (columns < 0).any(1)])
+        found, is_broken = looked.tolist()
         ended = []
         for number in self._live:
+            if is_broken[number]:
+                raise not_finite()
             row = batch.rows[number]
             ids = None
             if not found[number] and row.n_new < self._decoding.max_new_tokens:

@@ -71,9 +71,13 @@ def next_tokens(logits_BV: Tensor, decoding: Decoding, uniforms_B: Tensor | None
         logits_BV: Of the next token.
         decoding: How; beams are not its business.
         uniforms_B: One number in [0, 1) a row, for sampling by the inverse of the distribution function.
+
+    Returns:
+        -1 where logits are no finite numbers, so that nobody has to wait for the device to know.
     """
     if not decoding.is_sampled:
-        return logits_BV.max(-1).indices  # several times faster than argmax on a CPU
+        highest = logits_BV.max(-1)  # several times faster than argmax on a CPU
+        return highest.indices.masked_fill(~highest.values.isfinite(), -1)
     assert uniforms_B is not None
     scores_BV = logits_BV.float() / decoding.temperature
     tokens_BK = None
@@ -88,7 +92,16 @@ def next_tokens(logits_BV: Tensor, decoding: Decoding, uniforms_B: Tensor | None
         sums_BK = (probabilities_BK * is_kept_BK).cumsum(-1)
     wanted_B1 = uniforms_B.double()[:, None] * sums_BK[:, -1:]
     chosen_B1 = (sums_BK <= wanted_B1).sum(-1, keepdim=True)
-    return (chosen_B1 if tokens_BK is None else tokens_BK.gather(1, chosen_B1))[:, 0]
+    tokens_B1 = chosen_B1 if tokens_BK is None else tokens_BK.gather(1, chosen_B1)
+    return tokens_B1.masked_fill(~sums_BK[:, -1:].isfinite(), -1)[:, 0]
+
+
+def not_finite() -> UserError:
+    """What there is to say of a model whose logits are no finite numbers."""
+    return UserError(
+        "the model's logits are not finite (NaN or infinite): its weights are broken, or overflow in this "
+        "precision; look at its training, or evaluate it in another precision"
+    )
 
 
 def end_tokens(model: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,7 +1,6 @@
 """One engine behind every benchmark that reads what a model writes."""
 
 import dataclasses
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from eval.engine.answers import AnswerStore, digest_of, weights_digest
 from eval.engine.batch_limits import batch_limits
+from eval.engine.context import context_length, without_beginning
 from eval.engine.continuous import ContinuousBatch
 from eval.engine.decoding import Decoding, before_stop, end_tokens, until_end
 from eval.engine.row_batch import Decoder, Prompt
@@ -80,11 +80,12 @@ def generate_counted(
     if not isinstance(subject.model, VllmModel):
         decoding = _within_context(subject.model, decoding)
     processes = subject.processes
-    with AnswerStore(request.folder, _settings(subject, encoded, decoding, request), processes) as store:
+    ends = _ends(subject, prompts)
+    settings = _settings(subject, encoded, decoding, request, ends)
+    with AnswerStore(request.folder, settings, processes) as store:
         known = {index: _Answer.stored(value) for index, value in store.known.items()}
         made: list[tuple[int, _Answer]] = []
         with _ready(subject.model):
-            ends = _ends(subject, prompts)
             for index, answer in _shown(subject, encoded, known, decoding, request, ends):
                 store.add(index, dataclasses.asdict(answer))
                 made.append((index, answer))
@@ -104,30 +105,21 @@ def encode_prompts(subject: Subject, prompts: Sequence[str], decoding: Decoding)
     """
     tokenizer, config = subject.tokenizer, subject.model.config
     first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    context = _context(config)
+    context = context_length(subject.model)
     own = 0 if config.is_encoder_decoder else decoding.max_new_tokens
-    limit = max(context - own, context // 2)
+    limit = None if context is None else max(context - own, context // 2)
     encoded = []
     for index, row in enumerate(prompt_ids(prompts, tokenizer, for_encoder=config.is_encoder_decoder)):
-        ids = row or [next(token for token in first if token is not None)]
-        is_cut = len(ids) > limit
-        if is_cut:
-            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            ids = begin + ids[len(ids) - limit + len(begin) :]
-        encoded.append(Prompt(index, ids, is_cut))
+        whole = row or [next(token for token in first if token is not None)]
+        ids = without_beginning(whole, limit, tokenizer.bos_token_id)
+        encoded.append(Prompt(index, ids, is_cut=len(ids) < len(whole)))
     return encoded
-
-
-def _context(config: Any) -> int:
-    """Tokens that the model was made for; no end of them where its config does not say."""
-    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return sys.maxsize if found is None else int(found)
 
 
 def _within_context(model: Any, decoding: Decoding) -> Decoding:
     """Learned positions end with the context: at most half of it is generated there."""
-    context = _context(model.config)
-    if not _has_learned_positions(model, context):
+    context = context_length(model)
+    if context is None or not _has_learned_positions(model, context):
         return decoding
     room = context - 1 if model.config.is_encoder_decoder else context - context // 2
     return dataclasses.replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
@@ -145,7 +137,7 @@ def _has_learned_positions(model: Any, context: int) -> bool:
 
 
 def _settings(
-    subject: Subject, prompts: Sequence[Prompt], decoding: Decoding, request: Request
+    subject: Subject, prompts: Sequence[Prompt], decoding: Decoding, request: Request, ends: Sequence[int]
 ) -> dict[str, Any]:
     """All that the answers depend on."""
     if request.folder is None:
@@ -157,6 +149,7 @@ def _settings(
         "prompts": digest_of([prompt.ids for prompt in prompts]),
         "decoding": dataclasses.asdict(decoding),
         "seed": request.seed,
+        "ends": list(ends),
     }
     if decoding.is_sampled and decoding.num_beams > 1:
         settings |= {"max_tokens": subject.max_tokens, "batch_size": subject.batch_size}
@@ -209,12 +202,12 @@ def _chosen_tokens(
     mine = sorted(unknown, key=lambda prompt: -len(prompt.ids))[processes.rank :: processes.world_size]
     if isinstance(model, VllmModel):
         return len(mine), ((prompt, ids, False) for prompt, ids in model.answer(mine, decoding, seed))
-    inner = _without_wrapper(model)
-    n_layers = None if model.config.is_encoder_decoder or inner is None else n_cache_layers(inner)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model  # its layers hold the adapter
+    n_layers = None if model.config.is_encoder_decoder else n_cache_layers(inner)
     if n_layers is not None and decoding.num_beams == 1:
         decoder = Decoder(inner, n_layers, decoding, seed, processes.device)
         return len(mine), _continuous(decoder, subject, mine, ends)
-    whole = WholeBatches(model, subject.tokenizer, decoding, seed, ends, processes.device)
+    whole = WholeBatches(inner, subject.tokenizer, decoding, seed, ends, processes.device)
     padded = model.config.is_encoder_decoder or n_layers is not None
     batches = whole.split(prompts, subject.max_tokens, subject.batch_size, padded=padded)
     # A batch is answered as a whole, or not at all: sampled beams depend on their neighbours.
@@ -239,10 +232,3 @@ def _ready(model: Any) -> Iterator[None]:
         return
     with in_mode(model, training=False), torch.inference_mode():
         yield
-
-
-def _without_wrapper(model: Any) -> Any:
-    """The model whose layers hold the adapter; None where the adapter is no part of its layers."""
-    if not isinstance(model, PeftModel):
-        return model
-    return None if model.active_peft_config.is_prompt_learning else model.get_base_model()

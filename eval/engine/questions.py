@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from eval.engine.context import without_beginning
 from eval.subject import Subject
 from lora_one.data.chat import Rendered
 from lora_one.data.encoding import encoder_input
@@ -131,15 +131,7 @@ def _check_distinct(
         seen[token] = choice
 
 
-def context_length(model: Any) -> int | None:
-    """Most tokens that the model can read, None where its config names no such number (as T5's)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def within(question: Question, limit: int | None, subject: Subject) -> Question:
     """The question without what does not fit of its beginning; a token that starts every text stays."""
-    if limit is None or len(question.context) <= limit:
-        return question
-    starts = question.context[0] == subject.tokenizer.bos_token_id
-    kept = question.context[-(limit - starts) :]
-    return replace(question, context=question.context[:1] * starts + kept, is_cut=True)
+    kept = tuple(without_beginning(question.context, limit, subject.tokenizer.bos_token_id))
+    return question if kept == question.context else replace(question, context=kept, is_cut=True)

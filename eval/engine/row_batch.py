@@ -96,13 +96,15 @@ class RowBatch:
 
     def step(self, n: int) -> None:
         """Continues all rows by ``n`` tokens."""
+        # Else they would count on, beyond the random numbers and the positions that there are.
+        self.rest([number for number, row in enumerate(self.rows) if row.has_ended])
         for _ in range(n):
             self._choose(self._decoder.logits(self._last, self._mask.whole, self._places, self._cache))
         for row in self.rows:
             row.n_new += n
 
     def last_columns(self, n: int) -> Tensor:
-        """The last tokens of every row."""
+        """The last tokens of every row; -1 where the model gave none."""
         return self._ids.whole[:, -n:]
 
     def answer(self, number: int) -> list[int]:
@@ -142,6 +144,8 @@ class RowBatch:
 
     def rest(self, numbers: Sequence[int]) -> None:
         """Rows that have ended start counting again: they are computed until another takes their place."""
+        if not numbers:
+            return
         rows = torch.tensor(numbers, dtype=torch.long, device=self._decoder.device)
         self._places[rows] = 0
         self._steps[rows] = 0
@@ -157,12 +161,13 @@ class RowBatch:
 
     def bytes_per_token(self) -> float:
         """Of the cache."""
-        return self._cache.n_bytes / self._mask.whole.numel()
+        return self._cache.n_bytes / (len(self.rows) * (self._mask.width - 1))  # the last one is not read yet
 
     def _choose(self, logits: Tensor) -> None:
         draws = None if self._draws is None else self._draws.gather(1, self._steps)[:, 0]
-        self._last = next_tokens(logits, self._decoder.decoding, draws)[:, None]
-        self._ids.append(self._last)
+        chosen = next_tokens(logits, self._decoder.decoding, draws)[:, None]
+        self._ids.append(chosen)
+        self._last = chosen.clamp(min=0)  # the model can read no -1
         self._mask.append(torch.ones_like(self._last))
         self._places = self._places + 1
         self._steps = self._steps + 1

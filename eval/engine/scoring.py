@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from eval.engine.context import context_length
+from eval.engine.decoding import not_finite
 from eval.engine.prefixes import for_rows, read_prefix
-from eval.engine.questions import Question, context_length, encode, within
+from eval.engine.questions import Question, encode, within
 from eval.subject import Request, Subject
 from lora_one.modes import in_mode
 from lora_one.progress import progress_bar
@@ -77,6 +79,9 @@ def score(
 
     Returns:
         Question × choice, in float32, on the CPU.
+
+    Raises:
+        UserError: If one is not finite: it could not be compared.
     """
     model, processes = subject.model, subject.processes
     # The longest first, so that memory runs out at once or never; dealt out, so that all finish together.
@@ -93,7 +98,10 @@ def score(
             advance(len(batch))
     by_index = dict(processes.gather(found))
     advance(len(questions) - len(mine))
-    return torch.tensor([by_index[index] for index in range(len(questions))])
+    logits = torch.tensor([by_index[index] for index in range(len(questions))])
+    if not logits.isfinite().all():
+        raise not_finite()
+    return logits
 
 
 def _prefix(subject: Subject, questions: Sequence[Question]) -> DynamicCache | None:

@@ -11,10 +11,11 @@ from transformers import AutoConfig
 from eval.engine.answers import digest_of
 from eval.engine.decoding import Decoding, uniforms
 from eval.engine.row_batch import Prompt
-from lora_one.digests import file_digest, weights_fingerprint
+from lora_one.digests import file_digest
 from lora_one.errors import UserError
 
 _TOGETHER = 512  # prompts between two times that answers are kept
+_DECISIVE = ("*.safetensors", "*.bin", "*.json")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 _ONLY_GENERATES = "--backend vllm: only generates, and this benchmark needs more; leave --backend out"
@@ -25,7 +26,7 @@ class VllmModel:
 
     Attributes:
         config: The model's own.
-        fingerprint: Digest of the local weights and the adapter.
+        fingerprint: Digest of the precision, and of the files of the model and the adapter.
     """
 
     def __init__(self, source: str, adapter: str | None, *, bf16: bool, seed: int) -> None:
@@ -59,7 +60,8 @@ class VllmModel:
             ) from error
         self._params = vllm.SamplingParams
         self.config = AutoConfig.from_pretrained(source)
-        self.fingerprint = _fingerprint(source, adapter)
+        commit = getattr(self.config, "_commit_hash", None)
+        self.fingerprint = _fingerprint(source, adapter, settings["dtype"], commit)
 
     def answer(
         self, prompts: Sequence[Prompt], decoding: Decoding, seed: int
@@ -135,8 +137,11 @@ def _servable_rank(adapter: Path) -> int:
     return min(size for size in _RANKS if size >= rank)
 
 
-def _fingerprint(source: str, adapter: str | None) -> str:
-    parts: list[str] = [weights_fingerprint(Path(source)) if Path(source).is_dir() else source]
-    if adapter is not None:
-        parts += [file_digest(path) for path in sorted(Path(adapter).glob("adapter_model.*"))]
+def _fingerprint(source: str, adapter: str | None, dtype: str, commit: str | None) -> str:
+    """Digest of the precision and of every file with weights or settings; of a Hub model, its commit."""
+    folders = [Path(folder) for folder in (source, adapter) if folder is not None and Path(folder).is_dir()]
+    parts = [dtype, *([] if Path(source).is_dir() else [source, commit or ""])]
+    for folder in folders:
+        files = sorted({path for pattern in _DECISIVE for path in folder.glob(pattern)})
+        parts += [text for path in files for text in (path.name, file_digest(path))]
     return digest_of(parts)

@@ -7,11 +7,20 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from eval.engine.decoding import Decoding, next_tokens, uniforms
+from eval.engine.decoding import Decoding, next_tokens, not_finite, uniforms
 from eval.engine.row_batch import Prompt
 
 # Fixed, whatever the device: sampled beams depend on their batch, and are to be the same everywhere.
 _TOKENS = 16_384
+
+
+class Sound(LogitsProcessor):
+    """Refuses to go on with logits that are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
+        if scores.isnan().any():
+            raise not_finite()
+        return scores
 
 
 class Chosen(LogitsProcessor):
@@ -23,6 +32,8 @@ class Chosen(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
         step = input_ids.shape[1] - self._n_before
         tokens_B = next_tokens(scores, self._decoding, self._draws_BT[:, step])
+        if (tokens_B < 0).any():
+            raise not_finite()
         alone = torch.full_like(scores, -torch.inf)
         return alone.scatter_(1, tokens_B[:, None], 0.0)
 
@@ -42,7 +53,7 @@ class WholeBatches:
         """Holds what every batch needs.
 
         Args:
-            model: With or without an adapter.
+            model: Itself, adapters inside its layers.
             tokenizer: Its padding token is used.
             decoding: How tokens are chosen.
             seed: Of the sampling.
@@ -58,7 +69,7 @@ class WholeBatches:
             "pad_token_id": self._pad,
             "use_cache": True,
             "num_beams": decoding.num_beams,
-            "decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None),
+            "decoder_start_token_id": _start_token(model),
         }
 
     def split(
@@ -122,9 +133,18 @@ class WholeBatches:
         self, ids: Tensor, mask: Tensor, processors: LogitsProcessorList | None = None, **settings: Any
     ) -> Tensor:
         config = GenerationConfig(**self._settings, **settings)
-        return self._model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-        )
+        own = self._model.generation_config
+        # transformers fills what is not set from the model's own: penalties, least lengths, forbidden words.
+        self._model.generation_config = GenerationConfig()
+        try:
+            return self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([Sound(), *(processors or ())]),
+            )
+        finally:
+            self._model.generation_config = own
 
     def _chosen(self, batch: Sequence[Prompt], n_before: int) -> LogitsProcessorList:
         n = self._decoding.max_new_tokens
@@ -144,6 +164,13 @@ class WholeBatches:
                 top_p=decoding.top_p,
                 top_k=decoding.top_k,
             )
+
+
+def _start_token(model: Any) -> int | None:
+    """Where a decoder begins; None for a model without an encoder."""
+    places = (model.config, model.generation_config)
+    found = (getattr(place, "decoder_start_token_id", None) for place in places)
+    return next((token for token in found if token is not None), None)
 
 
 def _is_bad_distribution(error: RuntimeError) -> bool:
