@@ -8,6 +8,7 @@ Without --execute nothing that a model wrote is run; evaluate_functional_correct
 ``--data`` takes HumanEval.jsonl or HumanEval.jsonl.gz.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def main(arguments: list[str]) -> None:
     evaluate_program(benchmark, "humaneval", options)
     if not options.execute:
         samples = output_folder(options, "humaneval") / "samples.jsonl"
-        print(f"next: python eval/evaluate_functional_correctness.py --sample_file={samples} --k=1")
+        flags = [f"--{key}={value}" for key in ("data", "limit") if (value := getattr(options, key))]
+        second = ["python", "eval/evaluate_functional_correctness.py", f"--sample_file={samples}", *flags]
+        print(f"next: {shlex.join([*second, '--k=1'])}")
 
 
 if __name__ == "__main__":

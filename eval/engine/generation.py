@@ -84,6 +84,10 @@ def generate_counted(
     settings = _settings(subject, encoded, decoding, request, ends)
     with AnswerStore(request.folder, settings, processes) as store:
         known = {index: _Answer.stored(value) for index, value in store.known.items()}
+        if known:
+            processes.say(
+                f"note: {request.description}: {len(known):,} of {len(prompts):,} answers were there"
+            )
         made: list[tuple[int, _Answer]] = []
         with _ready(subject.model):
             for index, answer in _shown(subject, encoded, known, decoding, request, ends):
