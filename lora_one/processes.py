@@ -95,8 +95,8 @@ def _check_launcher() -> None:
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise UserError(
                 f"{what} was asked of the launcher: this program gives each process the whole model; use "
-                "scripts/accelerate/multi_gpu.yaml; for a model larger than one GPU model.device_map=auto without "
-                "a launcher, or the library (docs/scaling.md)"
+                "scripts/launchers/multi_gpu.yaml; for a model larger than one GPU use model.device_map=auto "
+                "without a launcher, or the library (docs/scaling.md)"
             )
 
 

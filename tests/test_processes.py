@@ -192,16 +192,16 @@ def test_sharding_launchers_are_refused_in_one_line(cli, monkeypatch):
         assert done.returncode == 2
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
         assert line.startswith(f"error: {what} was asked of the launcher")
-        assert "scripts/accelerate/multi_gpu.yaml" in line
+        assert "scripts/launchers/multi_gpu.yaml" in line
 
 
-LAUNCH_FILES = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
+LAUNCH_FILES = sorted((ROOT / "scripts" / "launchers").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
 def test_launch_files_are_accelerates_and_begin_with_their_command(path):
     first, second, *_ = path.read_text().splitlines()
-    assert f"accelerate launch --config_file scripts/accelerate/{path.name}" in first
+    assert f"accelerate launch --config_file scripts/launchers/{path.name}" in first
     is_cpu = path.stem == "cpu"
     assert ("not run here" in second) is not is_cpu
     loaded = load_config_from_file(str(path))
@@ -220,7 +220,7 @@ def test_launch_files_are_accelerates_and_begin_with_their_command(path):
 
 
 def test_the_cpu_file_starts_two_processes(tmp_path):
-    line = (ROOT / "scripts" / "accelerate" / "cpu.yaml").read_text().splitlines()[0].removeprefix("# ")
+    line = (ROOT / "scripts" / "launchers" / "cpu.yaml").read_text().splitlines()[0].removeprefix("# ")
     setting, *words = line.split()
     assert words[:2] == ["accelerate", "launch"]
     name, value = setting.split("=")

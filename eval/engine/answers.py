@@ -159,8 +159,8 @@ def _described(model: torch.nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    config = model.config.to_dict() if hasattr(model, "config") else {}
-    return {"config": config, "adapters": adapters, "layers": layers}
+    config: Any = getattr(model, "config", None)
+    return {"config": config.to_dict() if config is not None else {}, "adapters": adapters, "layers": layers}
 
 
 def _plain(value: Any) -> str:
