@@ -94,7 +94,7 @@ def test_answers_are_fastchats_rows_at_fastchats_temperatures(files, tmp_path, s
         (1, 0.7, 1024),
     ]
     assert len({r.folder for _, _, r in spoken}) == 6
-    assert all(r.folder.is_dir() and r.seed == 3 for _, _, r in spoken)
+    assert all(r.seed == 3 for _, _, r in spoken)
     second = spoken[3][0][1]
     parts = ["### Instruction:\n1 + {x}?\n", "answer 1.1", "### Instruction:\n2 + 2?\n"]
     assert [second.index(part) for part in parts] == sorted(second.index(part) for part in parts)

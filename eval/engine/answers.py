@@ -152,7 +152,8 @@ def _sums(weights: Tensor, factors: Tensor) -> list[int]:
 
 def _described(model: torch.nn.Module) -> dict[str, Any]:
     """What decides beside the weights."""
-    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    peft_configs: Any = getattr(model, "peft_config", {})
+    adapters = {name: config.to_dict() for name, config in peft_configs.items()}
     # As they are applied: they can be changed after the adapter's config was written.
     layers = {
         name: [module.scaling, module.active_adapters, module.disable_adapters, module.merged_adapters]
@@ -160,7 +161,7 @@ def _described(model: torch.nn.Module) -> dict[str, Any]:
         if isinstance(module, LoraLayer)
     }
     config: Any = getattr(model, "config", None)
-    return {"config": config.to_dict() if config is not None else {}, "adapters": adapters, "layers": layers}
+    return {"config": None if config is None else config.to_dict(), "adapters": adapters, "layers": layers}
 
 
 def _plain(value: Any) -> str:
