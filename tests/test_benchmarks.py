@@ -58,6 +58,7 @@ def test_optimisers_beside_pefts():
     assert all(float(cell) > 0 for name in ("classic", "peft") for cell in found[name][:2])
 
 
+@pytest.mark.slow
 def test_one_launch_beside_unconnected_processes():
     script = str(ROOT / "scripts" / "bench_scaling.py")
     small = ["--steps", "4", "--prompts", "4", "--new-tokens", "4", "--rounds", "1"]
