@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.generation import Decoding, generate
+from eval.engine.generation import Decoding, generate
 
 from eval.subject import Request, Subject
 from lora_one import training
