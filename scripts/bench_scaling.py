@@ -44,7 +44,6 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.engine.generation import Decoding, generate
-
 from eval.subject import Request, Subject
 from lora_one import training
 from lora_one.config import ExperimentConfig, ModelConfig, WandbConfig
