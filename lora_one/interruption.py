@@ -84,7 +84,8 @@ def heeding_signals(pass_on: Callable[[], bool] | None = None) -> Iterator[None]
     if pass_on is not None:
         _request.pass_on = pass_on
     theirs = signal.getsignal(_SUBMITITS)
-    if is_submitits := "SUBMITIT_EXECUTOR" in os.environ and callable(theirs):
+    is_ours = theirs is _on_signal  # where it is heeded already, further out
+    if is_submitits := "SUBMITIT_EXECUTOR" in os.environ and callable(theirs) and not is_ours:
         signal.signal(_SUBMITITS, _on_signal)
         _request.hand_on = lambda: theirs(_SUBMITITS, None)
     try:

@@ -346,7 +346,7 @@ def test_a_pruned_run_says_so_is_left_alone_and_goes_on_without_the_limit(cli, t
 
 
 def test_a_run_is_not_pruned_when_it_has_ended(cli, tmp_path):
-    assert cli(*QUICK, "model.prune_above=0").returncode == 0
+    assert cli(*QUICK, "model.prune_above=0", "model.eval_epochs=1").returncode == 0
     assert record_of(only_run(tmp_path))["status"] == "finished"
 
 
