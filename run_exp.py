@@ -16,7 +16,6 @@ import gc
 import math
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +23,11 @@ from typing import Any
 
 import hydra
 import torch
+import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import set_seed
 
 from eval.benchmarks.labels import label_words
 from eval.engine.generation import Decoding
@@ -38,13 +37,14 @@ from eval.tasks import GRADERS, check_benchmarks, check_examples, find_task
 from lora_one import portable, sweeps, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
+from lora_one.complaints import complain, explain
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.custom import spec_of
 from lora_one.data.prepare import Data, prepare_data
 from lora_one.data.specs import Example
 from lora_one.digests import file_digest
-from lora_one.errors import BusyError, DivergedError, PrunedError, RunError, UserError
-from lora_one.files import is_disk_full, write_text
+from lora_one.errors import BusyError, DivergedError, PrunedError, UserError
+from lora_one.files import write_text
 from lora_one.gradient_cache import cached_estimate, describe_estimate, make_cache_folder
 from lora_one.gradients import GradientEstimate, estimate_gradient
 from lora_one.hub import push_folder
@@ -74,7 +74,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
         PrunedError: If ``model.prune_above`` ends it.
     """
     run.begin(config)
-    set_seed(config.seed)
+    transformers.set_seed(config.seed)
     data, loaded = load(config, run)
     if config.eval.before_training and "test_before" not in run.record.metrics:
         evaluate("test_before", config, loaded.model, data, loaded, run)
@@ -487,7 +487,9 @@ def job(composed: DictConfig) -> float | None:
         complain(str(error))
         outcome.fail(str(error), BAD_INPUT, math.inf if isinstance(error, DivergedError) else None)
     except Exception as error:
-        outcome.fail(explain(error, Path(composed.results_dir)), FAILED)
+        text = explain(error, Path(composed.results_dir))
+        complain(text)
+        outcome.fail(text, FAILED)
     except Unfinished as stop:
         stop_job(stop, outcome, journal)
     except KeyboardInterrupt:
@@ -525,29 +527,6 @@ def stop_job(stop: Unfinished, outcome: sweeps.Outcome, journal: sweeps.Journal)
 def is_launched_with_others() -> bool:
     """Whether a launcher started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def explain(error: Exception, results_dir: Path) -> str:
-    """Says what went wrong in one line, which it returns; before it the traceback of what nobody foresaw."""
-    if isinstance(error, OSError):
-        text = " ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    elif isinstance(error, RunError):
-        text = str(error)
-    else:
-        traceback.print_exc()
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-    # Libraries report a full disk in many ways; this one is plain.
-    is_full = not isinstance(error, RunError) and is_disk_full(error, results_dir)
-    text += f" (the disk of results_dir={results_dir} is full; make room and start again)" * is_full
-    complain(text)
-    return text
-
-
-def complain(text: str) -> None:
-    """One line on standard error, with the process's number where there are several."""
-    rank = int(os.environ.get("RANK", "0"))
-    where = f" (process {rank})" if rank else ""
-    print(f"error{where}: {text}", file=sys.stderr, flush=True)
 
 
 def launch_jobs() -> int:

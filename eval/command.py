@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -18,15 +17,17 @@ from eval.engine.vllm_backend import VllmModel
 from eval.results import EvalResult, Figure
 from eval.subject import Request, Subject
 from lora_one.adapters import check_adapter
+from lora_one.complaints import complain, explain
 from lora_one.config import ModelConfig, WandbConfig
 from lora_one.digests import weights_fingerprint
 from lora_one.errors import UserError
-from lora_one.files import is_disk_full, write_text
+from lora_one.files import write_text
 from lora_one.hub import offline_hint
 from lora_one.models import load_tokenizer, model_source, read_weights
 from lora_one.out_of_memory import is_out_of_memory
 from lora_one.processes import Processes, end_processes, start_processes
 from lora_one.quiet import quieten_libraries
+from lora_one.records import read_record
 from lora_one.tables import markdown_table
 from lora_one.tracking import Tracker
 
@@ -79,31 +80,20 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str] | None =
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         code = 2
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the answers it has", file=sys.stderr)
+        complain("interrupted; the same command goes on from the answers it has")
         code = 130
     except Exception as error:
-        print(f"error: {_explained(error)}", file=sys.stderr)
+        remedy = "out of memory; lower --max_tokens or --batch_size; the same command goes on"
+        complain(remedy if is_out_of_memory(error) else explain(error, Path.cwd()))
         code = 1
     sys.stdout.flush()
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)  # the others may wait for this one
     end_processes()
     sys.exit(code)
-
-
-def _explained(error: Exception) -> str:
-    """One line; before it the traceback of what nobody foresaw."""
-    if is_out_of_memory(error):
-        return "out of memory; lower --max_tokens or --batch_size; the same command goes on"
-    if is_disk_full(error, Path.cwd()):
-        return "the disk is full; make room, the same command goes on"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    traceback.print_exc()
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def evaluate_program(
@@ -196,10 +186,10 @@ def _vllm_model(
 
 def _check_same_base(adapter: str, source: str) -> None:
     """An adapter of a run of ours knows the digest of the weights that it was made for."""
-    record = Path(adapter).resolve().parent / "record.json"
-    if not record.is_file() or not Path(source).is_dir():
+    record = read_record(Path(adapter).resolve().parent)
+    if record is None or not Path(source).is_dir():
         return
-    made_for = json.loads(record.read_text(encoding="utf-8")).get("model", {}).get("fingerprint")
+    made_for = record.get("model", {}).get("fingerprint")
     if made_for not in (None, weights_fingerprint(Path(source), None)):
         raise UserError(f"{adapter}: was made for another base model than {source}; give that one")
 
@@ -242,14 +232,20 @@ def print_figures(result: EvalResult) -> None:
 def _put_aside(folder: Path, asked: dict[str, Any]) -> None:
     """Keeps the result of an evaluation that was asked for otherwise."""
     stored = folder / "result.json"
-    if not stored.is_file() or json.loads(stored.read_text(encoding="utf-8")).get("asked") == asked:
+    if not stored.is_file():
+        return
+    try:
+        is_same = json.loads(stored.read_text(encoding="utf-8"))["asked"] == asked
+    except (ValueError, KeyError, TypeError):
+        is_same = False  # damaged: kept all the same
+    if is_same:
         return
     earlier = next(place for n in count(1) if not (place := folder / f"earlier-{n}").exists())
     earlier.mkdir()
     for name in ("result.json", "samples.jsonl"):
         if (folder / name).is_file():
             (folder / name).rename(earlier / name)
-    print(f"an earlier result, asked for otherwise, is in {earlier}")
+    print(f"an earlier result, asked for otherwise or damaged, is in {earlier}")
 
 
 def _row(name: str, figure: Figure) -> list[str]:

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_one.errors import UserError
 from lora_one.files import write_text
 from lora_one.records import RunRecord
-from lora_one.tables import markdown_table
+from lora_one.tables import figure_text, markdown_table
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Outcome:
         self.validation_loss = record.metrics.get("validation_loss")
         self.objective = float("inf") if record.status == "pruned" else self.validation_loss
         test = record.metrics.get("test")
-        self.test = f"{test['value']:.1%} ± {test['standard_error']:.1%}" if test else ""
+        self.test = figure_text(test) if test else ""
 
     def fail(self, error: str, exit_code: int, objective: float | None = None) -> None:
         """The job ended with an error."""

@@ -9,7 +9,7 @@ from eval.engine.continuous import Limits
 from eval.engine.row_batch import Decoder, Prompt, RowBatch
 
 # Measured on a CPU with scripts/bench_eval.py: 384 rows at once are a quarter faster than 128 that are
-# refilled, perhaps because a few rows that never end make the columns of all others long.
+# refilled as they end.
 _MOST_ROWS = 512
 _MOST_TOKENS = 1_048_576
 _SHARE_OF_FREE_MEMORY = 0.6  # the rest is for activations, logits, and copies of single layers
