@@ -3,11 +3,16 @@
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import pytest
 from conftest import EMBEDDED, ROOT, only_run, run_program
 
+from eval import eval_gsm8k
+from eval.command import report
+from eval.results import EvalResult, share
 from lora_one.data.tiny import problems
+from lora_one.errors import UserError
 
 N = 6
 SHORT = ("debug=short", "eval.before_training=false", "eval.max_new_tokens=16")
@@ -147,6 +152,22 @@ def test_an_adapter_for_another_model_is_refused(cli, tmp_path, questions):
     assert done.returncode == 2
     assert f"{folder}/adapter: was made for another base model than {other}" in done.stderr
     assert "Traceback" not in done.stderr
+    (folder / "record.json").write_text("{")
+    with pytest.raises(UserError, match=r"record\.json: damaged"):
+        eval_gsm8k.main([f"--model_name={EMBEDDED}", *flags[1:]])
+
+
+@pytest.mark.parametrize("stored", ['{"asked": {"limit": 3}}', "{", "[]"])
+def test_an_earlier_result_is_kept(tmp_path, capsys, stored):
+    (tmp_path / "result.json").write_text(stored)
+    figure = share([1.0, 0.0])
+    result = EvalResult("gsm8k", "exact_match", figure, "greedy", 1.0, [])
+    report(result, tmp_path, Namespace(limit=2, wandb_name=None))
+    assert (tmp_path / "earlier-1" / "result.json").read_text() == stored
+    assert json.loads((tmp_path / "result.json").read_text())["asked"]["limit"] == 2
+    report(result, tmp_path, Namespace(limit=2, wandb_name=None))
+    assert not (tmp_path / "earlier-2").exists()
+    assert "earlier-1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
