@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lora_one.budget import check_packing, micro_batch_limits
@@ -110,10 +111,15 @@ def train(
         exact_match: Measured with every validation loss, where given.
 
     Raises:
-        UserError: If a loss is not finite, or only damaged checkpoints are left.
+        UserError: If a loss is not finite, only damaged checkpoints are left, or the model is sharded.
         RunError: If a checkpoint cannot be written.
         Unfinished: If a signal asks to stop; the checkpoint of the step has been written.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UserError(
+            "the model's weights are sharded (FSDP2), which this training does not take; "
+            "give it the whole model, or write the loop yourself as docs/scaling.md says"
+        )
     settle(model)
     if config.model.packing:
         check_packing(model, train_examples, pad_id, processes.device)

@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +158,8 @@ def trained_as_rank(path: str, fused: bool) -> None:
     fully_shard(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    with pytest.raises(UserError, match="sharded"):
+        fit(Path(path).parent, training_config(), model=model, processes=processes)
     optimizer = torch.optim.AdamW(trained, lr=5e-3, weight_decay=0.0)
     settings = {"real_batch_size": 8, "limits": Limits(max_examples=2), "reduction": "sample", "seed": 0}
     place = {"rank": processes.rank, "world_size": processes.world_size}
