@@ -3,9 +3,11 @@
 import importlib.util
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,15 +114,41 @@ def run_program(*command: str, timeout: float = 300, **environment: str) -> subp
     )
 
 
+# A process that has imported everything once, and computed nothing, gives others by a fork.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["run_exp"])
+
+
+def run_script(script: str | Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """A program of the repository in a process of its own, which need not import the libraries again."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / "out", Path(folder) / "err"]
+        worker = FORKS.Process(target=_as_script, args=(ROOT / script, arguments, files), daemon=True)
+        worker.start()
+        worker.join(timeout)
+        ended = worker.exitcode
+        worker.kill()
+        out, err = (file.read_text() if file.exists() else "" for file in files)
+    assert ended is not None, f"{script} took more than {timeout} s: {err[-2000:]}"
+    return subprocess.CompletedProcess([str(script), *arguments], ended, out, err)
+
+
+def _as_script(script: Path, arguments: tuple[str, ...], files: list[Path]) -> None:
+    for number, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def on_two_processes(function: Callable[..., None], *arguments: Any) -> None:
     """Runs a module-level function in two gloo processes, as a launcher would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_as_rank, args=(rank, port, function, arguments), daemon=True)
-        for rank in (0, 1)
+        FORKS.Process(target=_as_rank, args=(rank, port, function, arguments), daemon=True) for rank in (0, 1)
     ]
     for worker in workers:
         worker.start()

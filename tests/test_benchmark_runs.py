@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-from conftest import EMBEDDED, ROOT, only_run, run_program
+from conftest import EMBEDDED, only_run, run_program, run_script
 
 from eval import eval_gsm8k
 from eval.command import report
@@ -134,7 +134,7 @@ def test_an_adalora_adapter_is_evaluated_though_it_cannot_be_trained_on(cli, tmp
     assert cli(*SHORT, "peft=adalora", "model.max_steps=12", "eval.task=null").returncode == 0
     adapter = only_run(tmp_path / "results") / "adapter"
     flags = (f"--model_name={EMBEDDED}", f"--adapter={adapter}", f"--data={questions}", "--limit=1")
-    done = run_program(sys.executable, "eval/eval_gsm8k.py", *flags, f"--output_dir={tmp_path}/eval")
+    done = run_script("eval/eval_gsm8k.py", *flags, f"--output_dir={tmp_path}/eval")
     assert done.returncode == 0, done.stderr
     refused = cli(*SHORT, "init=adapter", f"init.adapter={adapter}", "peft=all")
     assert (refused.returncode, "is no LoRA adapter" in refused.stderr) == (2, True)
@@ -148,7 +148,7 @@ def test_an_adapter_for_another_model_is_refused(cli, tmp_path, questions):
     weights = (other / "model.safetensors").read_bytes()
     (other / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     flags = (f"--model_name={other}", f"--adapter={folder}/adapter", f"--data={questions}")
-    done = run_program(sys.executable, str(ROOT / "eval/eval_gsm8k.py"), *flags)
+    done = run_script("eval/eval_gsm8k.py", *flags)
     assert done.returncode == 2
     assert f"{folder}/adapter: was made for another base model than {other}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -182,7 +182,7 @@ def test_an_earlier_result_is_kept(tmp_path, capsys, stored):
 )
 def test_bad_flags_are_one_line(tmp_path, questions, flags, words):
     flags = [f"--data={questions}", f"--output_dir={tmp_path}", *flags]
-    done = run_program(sys.executable, "eval/eval_gsm8k.py", *flags)
+    done = run_script("eval/eval_gsm8k.py", *flags)
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, load_script, run_program
+from conftest import ROOT, load_script, run_program, run_script
 
 from lora_one.models import EMBEDDED_MODEL
 
@@ -49,7 +49,7 @@ def test_training_names_what_is_not_there(monkeypatch, arguments, words):
 
 def test_optimisers_beside_pefts():
     script = str(ROOT / "scripts" / "bench_optimizer.py")
-    done = run_program(sys.executable, script, "--ranks", "2", "--layers", "1", "--rounds", "2")
+    done = run_script(script, "--ranks", "2", "--layers", "1", "--rounds", "2")
     assert done.returncode == 0, done.stderr
     assert "r = 2, 7 targets, float32" in done.stdout
     found = {row[0]: row[1:] for row in rows_of(done.stdout)}
@@ -107,6 +107,6 @@ def test_scaling_refuses_what_gives_no_rate(monkeypatch, arguments, words):
 
 
 def test_scaling_names_a_model_that_is_not_there():
-    done = run_program(sys.executable, str(ROOT / "scripts" / "bench_scaling.py"), "--model", "/none")
+    done = run_script("scripts/bench_scaling.py", "--model", "/none")
     assert done.returncode == 1
     assert "error: model.name=/none: no such folder" in done.stderr

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import EMBEDDED, ROOT, SHARED, run_program
+from conftest import EMBEDDED, ROOT, SHARED, run_program, run_script
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -178,14 +178,12 @@ def test_commands_on_gradients(command, cli, tmp_path):
     if command[1] == "scripts/compare_estimators.py":
         # That of the curves needs the runs of the line before: tests/test_compare_estimators.py.
         small = ["dataset.train_size=256"] if command[2] == "accuracy" else []
-        done = run_program(
-            sys.executable, *command[1:3], *small, *(command[3:] if small else [str(tmp_path)])
-        )
+        done = run_script(*command[1:3], *small, *(command[3:] if small else [str(tmp_path)]))
         assert done.returncode == (0 if small else 2), done.stderr
         return
     assert cli("debug=short").returncode == 0
     arguments = [a.replace("results/", f"{tmp_path}/results/") for a in command[2:]]
-    done = run_program(sys.executable, command[1], *arguments)
+    done = run_script(command[1], *arguments)
     assert done.returncode == 0, done.stderr
     assert "1 entries" in done.stdout
 
@@ -196,7 +194,7 @@ def test_commands_on_scaling(command, cli, tmp_path):
     environment = dict([command[0].split("=", 1)]) if "=" in command[0] else {}
     program, *words = command[len(environment) :]
     if program == "python":
-        done = run_program(sys.executable, *words, "--help")
+        done = run_script(*words, "--help")
         assert done.returncode == 0, done.stderr
         return
     script = words.index("run_exp.py")

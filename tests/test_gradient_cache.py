@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from conftest import (
     on_two_processes,
     only_run,
     random_examples,
-    run_program,
+    run_script,
     small_llama,
 )
 from test_streaming import config, products
@@ -320,10 +319,10 @@ def test_a_sweep_computes_the_gradient_once(cli, tmp_path):
     records = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("record.json")]
     files = [record["gradient"]["cache_file"] for record in records]
     assert sorted(file is None for file in files) == [False] * 7 + [True]
-    listed = run_program(sys.executable, SCRIPT, str(tmp_path / "results" / "gradients"))
+    listed = run_script(SCRIPT, str(tmp_path / "results" / "gradients"))
     assert "1 entries" in listed.stdout
     assert "embedded/tiny_llama" in listed.stdout
-    pruned = run_program(sys.executable, SCRIPT, str(tmp_path / "results" / "gradients"), "--prune", "--all")
+    pruned = run_script(SCRIPT, str(tmp_path / "results" / "gradients"), "--prune", "--all")
     assert "removed: " in pruned.stdout
     assert "0 entries" in pruned.stdout
     assert not list((tmp_path / "results" / "gradients").glob("*.*"))
@@ -343,7 +342,7 @@ def test_another_model_under_the_same_name_is_another_entry(cli, tmp_path):
         "gradient: computed"
         in cli(*arguments, "seed=0", f"results_dir={tmp_path}/results", "peft.lora_r=4").stdout
     )
-    assert "2 entries" in run_program(sys.executable, SCRIPT, f"{tmp_path}/results/gradients").stdout
+    assert "2 entries" in run_script(SCRIPT, f"{tmp_path}/results/gradients").stdout
 
 
 def test_pruning_by_age_and_size(tmp_path):
@@ -354,14 +353,14 @@ def test_pruning_by_age_and_size(tmp_path):
     damage_end(tmp_path / f"{entry('sketch_two_pass').key}.safetensors")
 
     def prune(*options: str) -> subprocess.CompletedProcess[str]:
-        return run_program(sys.executable, SCRIPT, str(tmp_path), *options)
+        return run_script(SCRIPT, str(tmp_path), *options)
 
     assert "damaged: " in prune().stdout
     assert prune("--all").returncode == 2
     assert prune("--prune", "--unused-days", "2.5").stdout.count("removed: ") == 2  # old, and damaged
     assert "1 entries" in prune().stdout
     assert "over the limit" in prune("--prune", "--max-gb", "0").stdout
-    assert run_program(sys.executable, SCRIPT, str(tmp_path / "nowhere")).returncode == 2
+    assert run_script(SCRIPT, str(tmp_path / "nowhere")).returncode == 2
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(cli, tmp_path):

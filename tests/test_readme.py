@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EMBEDDED, ROOT, run_program
+from conftest import EMBEDDED, ROOT, run_program, run_script
 
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 COMMANDS = [
@@ -52,8 +52,8 @@ def test_the_table_is_made(cli, tmp_path):
     assert cli(*sweep[2:], *SHORT, f"results_dir={tmp_path}/results").returncode == 0
     script = next(c for c in COMMANDS if "make_table" in c[1])
     shown = next(c for c in COMMANDS if "status" in c[1])
-    assert "12 finished" in run_program(sys.executable, shown[1], f"{tmp_path}/results").stdout
-    done = run_program(sys.executable, script[1], f"{tmp_path}/results")
+    assert "12 finished" in run_script(shown[1], f"{tmp_path}/results").stdout
+    done = run_script(script[1], f"{tmp_path}/results")
     assert done.returncode == 0, done.stderr
     for method in ("lora ", "LoRA-GA", "LoRA-One", "full-ft"):
         assert method in done.stdout

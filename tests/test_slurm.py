@@ -262,6 +262,22 @@ def test_a_signalled_task_comes_back_and_a_killed_one_by_hand(cluster, whole):
     assert re.search("unfinished .exit code 75.; back in the queue.*start 2: ", log, re.DOTALL)
 
 
+def test_a_task_at_its_time_limit_comes_back(cluster):
+    """Slurm looks at limits twice a minute: these runs are longer than the others, and side by side."""
+    longer = LONG.replace("=100", "=1000").replace("save_steps=5", "save_steps=500")
+    untouched = cluster.submit(f"{longer} results_dir=untouched")
+    limited = cluster.submit(f"{longer} results_dir=limited", options="--time=1 --signal=B:USR1@30")
+    task = cluster.wait_for_end(limited, 1)[1]
+    assert (task["JobState"], int(task["Restarts"]) >= 1) == ("COMPLETED", True)
+    log = cluster.log(limited, 1)
+    assert "stopped by SIGUSR1 after step" in log
+    assert "DUE TO TIME LIMIT" not in log
+    assert cluster.wait_for_end(untouched, 1)[1]["Restarts"] == "0"
+    first, second = (only_run(cluster.folder / name) for name in ("untouched", "limited"))
+    assert record_of(second)["training"]["resumed_from_step"] > 0
+    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+
+
 def test_a_preempted_task_comes_back(cluster, whole):
     array = cluster.submit(f"{LONG} results_dir=results")
     folder = cluster.wait_for_steps("results")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, only_run, run_program
+from conftest import ROOT, only_run, run_script
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -28,9 +28,7 @@ def test_a_laptops_commands(cli, tmp_path):
     assert done.returncode == 0, done.stderr
     planned = cli(*shlex.split(plan)[2:], results)
     assert "targets " in planned.stdout, planned.stderr
-    table = run_program(
-        sys.executable, *shlex.split(status.replace("results_debug", f"{tmp_path}/results"))[1:]
-    )
+    table = run_script(*shlex.split(status.replace("results_debug", f"{tmp_path}/results"))[1:])
     assert "1 runs: 1 finished" in table.stdout, table.stderr
 
 
