@@ -79,7 +79,8 @@ def _groups(conf_dir: Path) -> set[str]:
 def _choices(group: str, value: str, conf_dir: Path) -> str:
     if "(" in value:  # a sweep function such as glob(tiny_*); Hydra knows the choices
         return value
-    valid = sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
+    folder = conf_dir / group
+    valid = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
     for name in names:
         if name not in valid:
