@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lora_one.config import DatasetConfig, ExperimentConfig, ModelConfig, OptimizerConfig
+from lora_one.config import DatasetConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PeftConfig
 from lora_one.layers import shape_OI
 from lora_one.models import empty_model, target_names
 from lora_one.plan import count_trainable, row_counts
@@ -159,21 +159,26 @@ def shape_of(config: ExperimentConfig) -> Shape | None:
     Raises:
         UserError: If the targets are none of the model's.
     """
-    model = _empty(config.model.model_dump_json())
+    is_known = config.init.mode != "adapter"
+    return _shape(config.model.model_dump_json(), config.peft.model_dump_json(), is_known)
+
+
+@lru_cache  # the rows of a table share their models
+def _shape(model_json: str, peft_json: str, is_known: bool) -> Shape | None:
+    """Of an adapter that is not known, one that exists already, nothing is counted."""
+    model = empty_model(ModelConfig.model_validate_json(model_json))
     if model is None:
         return None
+    peft = PeftConfig.model_validate_json(peft_json)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    use_peft = config.peft.use_peft and config.init.mode != "adapter"
-    targets = target_names(model, config.peft) if use_peft else ()
-    trained = count_trainable(model, targets, config) if use_peft else weights
+    targets = target_names(model, peft) if peft.use_peft and is_known else ()
     sizes = model.config
-    hidden = sizes.hidden_size
-    blocks = sizes.num_hidden_layers
+    hidden, blocks = sizes.hidden_size, sizes.num_hidden_layers
     if sizes.is_encoder_decoder:
         blocks += getattr(sizes, "num_decoder_layers", None) or getattr(sizes, "decoder_layers", blocks)
     return Shape(
         weights=weights,
-        trained=trained,
+        trained=count_trainable(model, targets, peft) if peft.use_peft else weights,
         target_weights=sum(_numbers(model.get_submodule(name)) for name in targets),
         hidden=hidden,
         inner=getattr(sizes, "intermediate_size", None) or getattr(sizes, "d_ff", None) or 4 * hidden,
@@ -200,11 +205,6 @@ def _sample_size(config: ExperimentConfig, n_train: int | None) -> int:
     if init.do_subsampling is False:
         return n_train or 0
     return init.sub_size if init.do_subsampling else init.bsz * init.iters
-
-
-@lru_cache(maxsize=4)  # the rows of a table share their models
-def _empty(model: str) -> Any | None:
-    return empty_model(ModelConfig.model_validate_json(model))
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lora_one.config import DatasetConfig, ExperimentConfig
+from lora_one.config import DatasetConfig, ExperimentConfig, PeftConfig
 from lora_one.data.batches import Limits
 from lora_one.data.custom import spec_of
 from lora_one.data.loading import load_splits
@@ -79,7 +79,7 @@ def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
     targets = target_names(model, config.peft)
     check_rank(model, targets, config)
     ranks = adapter_ranks(model, targets, config.peft)
-    trainable = count_trainable(model, targets, config)
+    trainable = count_trainable(model, targets, config.peft)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in targets})
     shown = " to ".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
     return [
@@ -88,18 +88,18 @@ def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
     ]
 
 
-def count_trainable(model: Any, targets: Sequence[str], config: ExperimentConfig) -> int:
+def count_trainable(model: Any, targets: Sequence[str], peft: PeftConfig) -> int:
     """Numbers that are trained beside a frozen base.
 
     Args:
         model: The model, with or without weights.
         targets: Full names of the layers with an adapter.
-        config: The experiment.
+        peft: The adapter.
     """
-    ranks = adapter_ranks(model, targets, config.peft)
+    ranks = adapter_ranks(model, targets, peft)
     trainable = sum(ranks[name] * sum(shape_OI(model.get_submodule(name))) for name in targets)
-    trainable += sum(shape_OI(model.get_submodule(name))[0] for name in targets) * config.peft.dora
-    if config.peft.train_embeddings:
+    trainable += sum(shape_OI(model.get_submodule(name))[0] for name in targets) * peft.dora
+    if peft.train_embeddings:
         ends = {id(part.weight): part.weight.numel() for part in _ends(model)}
         trainable += sum(ends.values())
     return trainable

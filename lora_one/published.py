@@ -117,7 +117,9 @@ def find_table(name: str) -> Table:
     """
     tables = read_tables()
     if name not in tables:
-        raise UserError(f"no such table: {name!r}{nearest(name, list(tables))}; there are {', '.join(tables)}")
+        raise UserError(
+            f"no such table: {name!r}{nearest(name, list(tables))}; there are {', '.join(tables)}"
+        )
     return tables[name]
 
 

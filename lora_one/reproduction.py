@@ -48,23 +48,23 @@ def plan_table(table: Table, overrides: Sequence[str], machine: Machine) -> list
     """The experiments of a table, each once.
 
     Args:
-        table: With at least one experiment.
+        table: One of ``read_tables``.
         overrides: For every experiment, as on the command line; ``seed=0,1`` replaces the table's seeds.
         machine: For the estimate.
 
     Raises:
         UserError: If there is nothing to run, an override is wrong, or a record is damaged.
     """
+    if not table.experiments():
+        raise UserError(f"table {table.name}: there is no experiment in it, only published values")
     seeds, rest = _seeds(table, overrides)
     plan: dict[str, Experiment] = {}
     for name in table.experiments():
-        config = compose_experiment(name, [*rest, f"seed={seeds[0]}"])
+        config = compose_experiment(name, rest).model_copy(update={"seed": seeds[0]})
         finished = tuple(seed for seed in seeds if is_done(config.model_copy(update={"seed": seed})))
         cost = estimate_cost(config, machine)
         # Overrides can make two of them one.
         plan.setdefault(run_id(config), Experiment(name, tuple(rest), config, seeds, finished, cost))
-    if not plan:
-        raise UserError(f"table {table.name}: there is no experiment in it, only published values")
     return list(plan.values())
 
 
@@ -77,7 +77,7 @@ def is_done(config: ExperimentConfig) -> bool:
 
 
 def sweep_commands(plan: Sequence[Experiment]) -> list[list[str]]:
-    """Arguments of ``run_exp.py`` that make all missing runs, one sweep for experiments with the same overrides.
+    """Arguments of ``run_exp.py`` for all missing runs: one sweep for experiments with the same overrides.
 
     A sweep's runs share a process; those that are finished end at once.
     """
@@ -95,9 +95,7 @@ def sweep_commands(plan: Sequence[Experiment]) -> list[list[str]]:
 
 def single_commands(plan: Sequence[Experiment]) -> list[list[str]]:
     """Arguments of ``run_exp.py`` of each missing run."""
-    return [
-        [*experiment.arguments(), f"seed={seed}"] for experiment in plan for seed in experiment.missing
-    ]
+    return [[*experiment.arguments(), f"seed={seed}"] for experiment in plan for seed in experiment.missing]
 
 
 def sweep_file(plan: Sequence[Experiment]) -> str:
@@ -153,12 +151,10 @@ def _seeds(table: Table, overrides: Sequence[str]) -> tuple[tuple[int, ...], lis
     asked = [override for override in overrides if override not in rest]
     if not asked:
         return table.seeds, rest
-    text = asked[-1].split("=", 1)[1]
-    try:
-        seeds = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UserError(f"seed={text}: give whole numbers with commas between them, such as seed=0,1,2") from None
-    return seeds, rest
+    parts = asked[-1].split("=", 1)[1].split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"{asked[-1]}: give whole numbers with commas between them, such as seed=0,1,2")
+    return tuple(dict.fromkeys(map(int, parts))), rest
 
 
 def _number(value: float | None, form: str) -> str:

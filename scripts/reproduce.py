@@ -5,10 +5,10 @@
     scripts/reproduce.sh glue_t5 model=t5small seed=0    # overrides go to every run
     scripts/reproduce.sh math --sbatch='--gres=gpu:1 --time=24:00:00'
 
-First it prints what is finished in the results folder, GPU hours and memory of the rest, and what that estimate
-assumes. Then, without asking, it starts what is missing: as a Slurm array where there is sbatch, else one run on
-each GPU of this machine, else one run after another in sweeps. A run that fails does not stop the others. The same
-command makes what is still missing.
+First it prints what is finished in the results folder, GPU hours and memory of the rest, and what that
+estimate assumes. Then, without asking, it starts what is missing: as a Slurm array where a cluster answers,
+else one run on each GPU of this machine, else one run after another in sweeps. A run that fails does not stop
+the others. The same command makes what is still missing.
 """
 
 import argparse
@@ -179,7 +179,8 @@ def submit(text: str, name: str, results: Path, options: Sequence[str]) -> int:
     path = sweep_path(results, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    return subprocess.run([*slurm_command(path, options)], cwd=ROOT).returncode
+    environment = {"PYTHON": sys.executable} | os.environ
+    return subprocess.run(slurm_command(path, options), cwd=ROOT, env=environment).returncode
 
 
 def slurm_command(path: Path, options: Sequence[str]) -> list[str]:
@@ -209,7 +210,9 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.dry_run:
         if place == "slurm":
             path = sweep_path(results, options.table)
-            print(f"# {path}:\n{sweep_file(plan)}{shlex.join(slurm_command(path, shlex.split(options.sbatch)))}")
+            print(
+                f"# {path}:\n{sweep_file(plan)}{shlex.join(slurm_command(path, shlex.split(options.sbatch)))}"
+            )
         else:
             print("\n".join(shlex.join(["python", "run_exp.py", *words]) for words in arguments))
         return 0
