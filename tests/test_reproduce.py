@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -172,14 +173,14 @@ def test_a_table_of_quotations_has_nothing_to_run():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_dry_run_prints_the_commands_of_every_run(script, composing, capsys, name):
-    assert script.main([name, "--dry-run", "--on=one", "model.epochs=2"]) == 0
+    assert script.main([name, "--dry-run", "--on=one", "model.epochs=2", "seed=4,5"]) == 0
     out, err = capsys.readouterr()
     n_runs, commands = 0, [shlex.split(line) for line in out.splitlines()]
     for command in commands:
         assert command[:3] == ["python", "run_exp.py", "-m"] and "model.epochs=2" in command
         words = dict(word.split("=", 1) for word in command[3:])
         n_runs += len(words["experiment"].split(",")) * len(words["seed"].split(","))
-    assert n_runs == len(TABLES[name].experiments()) * len(TABLES[name].seeds)
+    assert n_runs == len(TABLES[name].experiments()) * 2
     assert f"{n_runs} runs missing, 0 finished" in err
     assert "312 TFLOP/s" in err and "40% are reached" in err
 
@@ -300,3 +301,37 @@ def test_a_slurm_array_of_what_is_missing(script, composing, monkeypatch, tmp_pa
     assert text.splitlines()[:2] == ["experiment=mmlu/lora seed=0", "experiment=mmlu/lora seed=1"]
     asked = (tmp_path / "asked").read_text().split()
     assert "--gres=gpu:1" in asked and "--array=1-6%4" in asked
+
+
+PAGE = (ROOT / "docs" / "reproducing.md").read_text()
+BLOCKS = re.findall(r"^```sh( gpu)?\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+COMMANDS = [shlex.split(line) for _, block in BLOCKS for line in block.splitlines()]
+
+
+def test_the_page_names_every_table():
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| (\d+) \|", PAGE, re.MULTILINE)
+    assert {name: int(n_runs) for name, n_runs in rows} == {
+        table.name: len(table.experiments()) * len(table.seeds) for table in TABLES.values()
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_page(script, composing, cli, capfd, command):
+    """Those that need GPUs as far as their options."""
+    if command[0] == "python":
+        assert cli(*command[2:]).returncode == 0
+        return
+    assert command[0] == "scripts/reproduce.sh"
+    assert script.main([*command[1:], "--dry-run", "--on=one"]) == 0
+    assert capfd.readouterr().out
+
+
+def test_the_estimate_that_the_page_compares_with_the_paper(llama):
+    plain = parse("dataset=meta_math", "init=default")
+    assert round(estimate_cost(plain, Machine()).hours, 1) == 1.5
+    published = 6 + 20 / 60
+    assert estimate_cost(plain, Machine(utilisation=0.095)).hours == pytest.approx(published, rel=0.02)
+    assert f"{estimate_cost(plain, Machine()).gpu_bytes / 1e9:.1f}" == "20.2"
+    pro = parse("dataset=meta_math", "init=default", "optimizer=lora_pro")
+    assert f"{estimate_cost(pro, Machine()).gpu_bytes / 1e9:.1f}" == "71.9"
+    assert all(text in PAGE for text in ("1 h 30 and 20.2 GB estimated", "71.9 GB here", "9.5 %"))
