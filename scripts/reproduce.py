@@ -38,7 +38,14 @@ from lora_one.errors import UserError
 from lora_one.files import write_text
 from lora_one.interruption import UNFINISHED
 from lora_one.published import find_table, read_tables
-from lora_one.reproduction import describe, plan_table, single_commands, sweep_commands, sweep_file
+from lora_one.reproduction import (
+    Experiment,
+    describe,
+    plan_table,
+    single_commands,
+    sweep_commands,
+    sweep_file,
+)
 from lora_one.tables import markdown_table
 
 BAD_INPUT = 2
@@ -143,17 +150,23 @@ class Workers:
         return [*codes, UNFINISHED] if self._is_stopping else codes
 
     def _start(self, place: int, command: list[str], number: int, n: int) -> None:
-        environment = os.environ | self.environments[place]
+        environment, shown = self.environments[place], shlex.join(command[1:])
         output: Any = None
         where = ""
         if self.logs is not None:
             self.logs.mkdir(parents=True, exist_ok=True)
             path = self.logs / f"{number}.log"
-            output = path.open("wb")
-            where = f" on GPU {self.environments[place]['CUDA_VISIBLE_DEVICES']}, {path}"
-        print(f"[{number}/{n}]{where}: {shlex.join(command[1:])}", flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            output = path.open("ab")  # what an earlier launch said stays
+            output.write(f"{shown}\n".encode())
+            output.flush()
+            where = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}, {path}"
+        print(f"[{number}/{n}]{where}: {shown}", flush=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output
+        )
         self._running[place] = (process, command)
+        if self._is_stopping:  # asked while it was started
+            process.send_signal(signal.SIGTERM)
         if output is not None:
             output.close()  # the child has its own
 
@@ -162,6 +175,7 @@ class Workers:
         for place, (process, command) in list(self._running.items()):
             if (code := process.poll()) is not None:
                 del self._running[place]
+                code = code if code >= 0 else 128 - code  # killed by a signal
                 codes.append(code)
                 if code:
                     complain(f"exit code {code}: {shlex.join(command[1:])}")
@@ -174,23 +188,38 @@ class Workers:
                 process.send_signal(signal.SIGTERM)
 
 
-def submit(text: str, name: str, results: Path, options: Sequence[str]) -> int:
-    """Hands the runs to ``scripts/slurm_array.sh``."""
-    path = sweep_path(results, name)
+def slurm_command(path: Path, options: Sequence[str]) -> list[str]:
+    """What submits the array of a sweep file."""
+    return ["scripts/slurm_array.sh", *options, str(path)]
+
+
+def submit(plan: Sequence[Experiment], path: Path, options: Sequence[str]) -> int:
+    """Hands the missing runs to ``scripts/slurm_array.sh``; its exit code."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, sweep_file(plan))
     environment = {"PYTHON": sys.executable} | os.environ
     return subprocess.run(slurm_command(path, options), cwd=ROOT, env=environment).returncode
 
 
-def slurm_command(path: Path, options: Sequence[str]) -> list[str]:
-    """What submits the array."""
-    return ["scripts/slurm_array.sh", *options, str(path)]
+def shown_commands(plan: Sequence[Experiment], place: str, path: Path, options: Sequence[str]) -> str:
+    """What would be started, for a shell; the lines of a Slurm array's file as remarks."""
+    if place != "slurm":
+        commands = sweep_commands(plan) if place == "one" else single_commands(plan)
+        return "\n".join(shlex.join(["python", "run_exp.py", *words]) for words in commands)
+    lines = [str(path), *sweep_file(plan).splitlines()]
+    return "\n".join([*(f"# {line}" for line in lines), shlex.join(slurm_command(path, options))])
 
 
-def sweep_path(results: Path, name: str) -> Path:
-    """The file of a table's missing runs."""
-    return (results / "tables" / f"{name}.txt").absolute()
+def launch(plan: Sequence[Experiment], place: str, logs: Path) -> int:
+    """Makes the missing runs on this machine; the exit code: a failure's before that of being unfinished."""
+    if place == "one":
+        workers, commands = Workers([{}], None), sweep_commands(plan)
+    else:
+        each = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()]
+        workers, commands = Workers(each, logs), single_commands(plan)
+    codes = workers.run([[sys.executable, "run_exp.py", *words] for words in commands])
+    failures = [code for code in codes if code not in (0, UNFINISHED)]
+    return max(failures or codes, default=0)
 
 
 def reproduce(options: argparse.Namespace) -> int:
@@ -201,33 +230,17 @@ def reproduce(options: argparse.Namespace) -> int:
     """
     machine = Machine(options.tflops, options.fp32_tflops, options.utilisation, options.mean_tokens)
     plan = plan_table(find_table(options.table), options.overrides, machine)
-    gpus = visible_gpus()
-    place = place_of(options.on, len(gpus))
+    place = place_of(options.on, len(visible_gpus()))
     # The commands alone can go to a file, or to bash.
     print(describe(plan, machine), file=sys.stderr if options.dry_run else sys.stdout, flush=True)
-    results = Path(plan[0].config.results_dir)
-    arguments = sweep_commands(plan) if place == "one" else single_commands(plan)
+    folder = (Path(plan[0].config.results_dir) / "tables").absolute()
+    path, for_sbatch = folder / f"{options.table}.txt", shlex.split(options.sbatch)
+    if not any(experiment.missing for experiment in plan):
+        return 0
     if options.dry_run:
-        if place == "slurm":
-            path = sweep_path(results, options.table)
-            print(
-                f"# {path}:\n{sweep_file(plan)}{shlex.join(slurm_command(path, shlex.split(options.sbatch)))}"
-            )
-        else:
-            print("\n".join(shlex.join(["python", "run_exp.py", *words]) for words in arguments))
+        print(shown_commands(plan, place, path, for_sbatch))
         return 0
-    if not arguments:
-        return 0
-    if place == "slurm":
-        return submit(sweep_file(plan), options.table, results, shlex.split(options.sbatch))
-    commands = [[sys.executable, "run_exp.py", *words] for words in arguments]
-    if place == "one":
-        codes = Workers([{}], None).run(commands)
-    else:
-        each = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
-        codes = Workers(each, results / "tables" / options.table).run(commands)
-    bad = [code for code in codes if code not in (0, UNFINISHED)]
-    return max((abs(code) for code in bad or codes), default=0)
+    return submit(plan, path, for_sbatch) if place == "slurm" else launch(plan, place, folder / options.table)
 
 
 def main(arguments: list[str]) -> int:

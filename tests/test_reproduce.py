@@ -253,10 +253,13 @@ def test_each_gpu_takes_the_next_run_and_a_failure_stops_no_other(script, tmp_pa
     commands = [[sys.executable, "-c", PROGRAM.format(code)] for code in ("0", "3", "0", "0")]
     codes = script.Workers(places, tmp_path / "logs").run(commands)
     assert sorted(codes) == [0, 0, 0, 3]
-    logs = [path.read_text().strip() for path in sorted((tmp_path / "logs").iterdir())]
-    assert len(logs) == 4 and {logs[0], logs[1]} == set(logs) == {"4", "6"}
+    logs = [path.read_text().splitlines() for path in sorted((tmp_path / "logs").iterdir())]
+    assert [log[0].split()[0] for log in logs] == ["-c"] * 4
+    assert {log[1] for log in logs[:2]} == {log[1] for log in logs} == {"4", "6"}
     out, err = capfd.readouterr()
     assert "[4/4] on GPU" in out
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    assert script.Workers([{}], None).run([killed]) == [137]
     assert err.startswith("error: exit code 3: ") and len(err.splitlines()) == 1
 
 
@@ -271,18 +274,21 @@ def test_a_signal_reaches_the_runs_and_begins_no_other(script):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_one_place_runs_sweeps_and_the_worst_code_counts(script, composing, monkeypatch):
+def test_one_place_runs_sweeps_and_a_failure_counts_most(script, composing, monkeypatch):
     seen = []
 
     def run(self, commands):
         seen.extend((self.environments, self.logs, command) for command in commands)
-        return [0, 75, 1]
+        return list(codes)
 
+    codes = [0, 75, 3, 1]
     monkeypatch.setattr(script.Workers, "run", run)
-    assert script.main(["mmlu", "--on=one", "seed=0"]) == 1
+    assert script.main(["mmlu", "--on=one", "seed=0"]) == 3
     files = "mmlu/lora,mmlu/lora_ga,mmlu/lora_one"
     words = [sys.executable, "run_exp.py", "-m", f"experiment={files}", "seed=0"]
     assert seen == [([{}], None, words)]
+    codes = [0, 75]
+    assert script.main(["mmlu", "--on=one", "seed=0"]) == 75
 
 
 def test_a_slurm_array_of_what_is_missing(script, composing, monkeypatch, tmp_path, capfd):
@@ -296,8 +302,15 @@ def test_a_slurm_array_of_what_is_missing(script, composing, monkeypatch, tmp_pa
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     monkeypatch.delenv("PYTHON", raising=False)
-    assert script.main(["mmlu", "--on=slurm", "--sbatch=--gres=gpu:1 --array=%4", "seed=0,1"]) == 0
-    text = (tmp_path / "results" / "tables" / "mmlu.txt").read_text()
+    asked = ["mmlu", "--on=slurm", "--sbatch=--gres=gpu:1 --array=%4", "seed=0,1"]
+    path = tmp_path / "results" / "tables" / "mmlu.txt"
+    assert script.main([*asked, "--dry-run"]) == 0
+    *remarks, command = capfd.readouterr().out.splitlines()
+    assert remarks[:2] == [f"# {path}", "# experiment=mmlu/lora seed=0"] and len(remarks) == 7
+    assert shlex.split(command) == ["scripts/slurm_array.sh", "--gres=gpu:1", "--array=%4", str(path)]
+    assert not path.exists()
+    assert script.main(asked) == 0
+    text = path.read_text()
     assert text.splitlines()[:2] == ["experiment=mmlu/lora seed=0", "experiment=mmlu/lora seed=1"]
     asked = (tmp_path / "asked").read_text().split()
     assert "--gres=gpu:1" in asked and "--array=1-6%4" in asked
