@@ -84,10 +84,19 @@ def _choices(group: str, value: str, conf_dir: Path) -> str:
     names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
     for name in names:
         if name not in valid:
-            raise UserError(
-                f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}"
-            )
+            shown = ", ".join(_beside(name, valid))
+            raise UserError(f"{group}={name}: no such choice{nearest(name, valid)}; valid: {shown}")
     return ",".join(names)
+
+
+def _beside(name: str, valid: list[str]) -> list[str]:
+    """The choices of the folder that a name is in; at the top the other folders too."""
+    folder = name.rpartition("/")[0]
+    if not any(choice.startswith(f"{folder}/") for choice in valid):
+        folder = ""
+    files = [choice for choice in valid if choice.rpartition("/")[0] == folder]
+    folders = {choice.partition("/")[0] + "/…" for choice in valid if "/" in choice}
+    return files if folder else [*files, *sorted(folders)]
 
 
 def _quoted(text: str) -> str:

@@ -129,7 +129,12 @@ def test_a_dataset_names_its_published_model(dataset, model):
         (["init=gradeint"], "init=gradeint: no such choice .did you mean 'gradient'"),
         (["dataset_name=meta_maths"], "did you mean 'meta_math'"),
         (["model=custom"], "model.name: is required"),
-        (["experiment=null"], "experiment=null: no such choice"),
+        (["experiment=null"], "experiment=null: no such choice.*tiny_lora_one, .*glue_t5/…, math/…"),
+        (
+            ["experiment=code/lora_pro"],
+            "no such choice .*; valid: code/base, code/lora, code/lora_ga, code/lora_one$",
+        ),
+        (["experiment=maths/lora"], "did you mean 'math/lora'.*; valid: tiny_full_ft"),
         (["peft=full_ft", "init=gradient"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "init=gaussian"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
