@@ -79,14 +79,24 @@ def _groups(conf_dir: Path) -> set[str]:
 def _choices(group: str, value: str, conf_dir: Path) -> str:
     if "(" in value:  # a sweep function such as glob(tiny_*); Hydra knows the choices
         return value
-    valid = sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
+    folder = conf_dir / group
+    valid = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
     for name in names:
         if name not in valid:
-            raise UserError(
-                f"{group}={name}: no such choice{nearest(name, valid)}; valid: {', '.join(valid)}"
-            )
+            shown = ", ".join(_beside(name, valid))
+            raise UserError(f"{group}={name}: no such choice{nearest(name, valid)}; valid: {shown}")
     return ",".join(names)
+
+
+def _beside(name: str, valid: list[str]) -> list[str]:
+    """The choices of the folder that a name is in; at the top the other folders too."""
+    folder = name.rpartition("/")[0]
+    if not any(choice.startswith(f"{folder}/") for choice in valid):
+        folder = ""
+    files = [choice for choice in valid if choice.rpartition("/")[0] == folder]
+    folders = {choice.partition("/")[0] + "/…" for choice in valid if "/" in choice}
+    return files if folder else [*files, *sorted(folders)]
 
 
 def _quoted(text: str) -> str:

@@ -1,8 +1,9 @@
 """The dry run: what an experiment would do, without weights and without a network."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from lora_one.config import DatasetConfig, ExperimentConfig
+from lora_one.config import DatasetConfig, ExperimentConfig, PeftConfig
 from lora_one.data.batches import Limits
 from lora_one.data.custom import spec_of
 from lora_one.data.loading import load_splits
@@ -78,11 +79,7 @@ def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
     targets = target_names(model, config.peft)
     check_rank(model, targets, config)
     ranks = adapter_ranks(model, targets, config.peft)
-    trainable = sum(ranks[name] * sum(shape_OI(model.get_submodule(name))) for name in targets)
-    trainable += sum(shape_OI(model.get_submodule(name))[0] for name in targets) * config.peft.dora
-    if config.peft.train_embeddings:
-        ends = {id(part.weight): part.weight.numel() for part in _ends(model)}
-        trainable += sum(ends.values())
+    trainable = count_trainable(model, targets, config.peft)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in targets})
     shown = " to ".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
     return [
@@ -91,13 +88,30 @@ def _parameters(config: ExperimentConfig) -> list[tuple[str, str]]:
     ]
 
 
+def count_trainable(model: Any, targets: Sequence[str], peft: PeftConfig) -> int:
+    """Numbers that are trained beside a frozen base.
+
+    Args:
+        model: The model, with or without weights.
+        targets: Full names of the layers with an adapter.
+        peft: The adapter.
+    """
+    ranks = adapter_ranks(model, targets, peft)
+    trainable = sum(ranks[name] * sum(shape_OI(model.get_submodule(name))) for name in targets)
+    trainable += sum(shape_OI(model.get_submodule(name))[0] for name in targets) * peft.dora
+    if peft.train_embeddings:
+        ends = {id(part.weight): part.weight.numel() for part in _ends(model)}
+        trainable += sum(ends.values())
+    return trainable
+
+
 def _ends(model: Any) -> list[Any]:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [end for end in ends if end is not None]
 
 
 def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
-    counts = _row_counts(config)
+    counts = row_counts(config.dataset)
     rows = [("examples", ", ".join(f"{name} {_number(counts[name])}" for name in counts))]
     n_train = counts["train"]
     if n_train is None:
@@ -132,8 +146,8 @@ def _micro_batches(config: ExperimentConfig) -> str:
     return "as many tokens as suit the device" + ", packed" * model.packing
 
 
-def _row_counts(config: ExperimentConfig) -> dict[str, int | None]:
-    dataset = config.dataset
+def row_counts(dataset: DatasetConfig) -> dict[str, int | None]:
+    """Examples of each split, as far as they are known without a network."""
     if dataset.train_file is not None or spec_of(dataset).generate is not None:
         # Nothing to download. Token limits of the dataset are not applied: that needs a tokenizer.
         splits = load_splits(dataset, lambda texts: [0] * len(texts))
