@@ -43,7 +43,7 @@ def _draw(figure: Figure, path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     curves = figure.curves[:_MOST_CURVES]
-    canvas, axis = plt.subplots(figsize=(8, 4.5 + 0.19 * len(curves)))
+    canvas, axis = plt.subplots(figsize=(8, 4.5))
     for number, curve in enumerate(curves):
         _line(axis, curve, figure.log_x, f"C{number % 10}", ("-", "--")[number // 10])
     axis.set(xlabel=figure.x_label, ylabel=figure.y_label)

@@ -130,7 +130,7 @@ class _Filling:
             self.table,
             cells,
             list(self.used.values()),
-            self.missing,
+            missing,
             commands,
             list(dict.fromkeys(self.remarks)),
         )
@@ -192,7 +192,8 @@ class _Filling:
             if cell.missing and not column.mean_of:
                 columns[cell.missing].append(column.title)
         return [
-            f"missing: {line.method}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {'; '.join(titles)}"
+            f"missing: {line.method}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            f" of {'; '.join(titles)}"
             for seeds, titles in columns.items()
         ]
 
