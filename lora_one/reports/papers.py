@@ -125,7 +125,7 @@ class _Filling:
                 "give the overrides that they were started with"
             )
         self.remarks += provenance(list(self.used.values()))
-        commands = [self._command(spec, sorted(seeds)) for spec, seeds in self.seeds_to_run.items()]
+        commands = self._commands()
         return FilledTable(
             self.table,
             cells,
@@ -210,12 +210,34 @@ class _Filling:
             self.configs[spec] = self.compose(spec, self.overrides)
         return self.configs[spec]
 
-    def _command(self, spec: str, seeds: Sequence[int]) -> str:
-        words = command_of(spec, self.overrides)
-        words.append(f"seed={','.join(str(seed) for seed in seeds)}")
+    def _commands(self) -> list[str]:
+        """One for each experiment file and set of seeds, where its overrides can be swept over."""
+        sweeps: dict[tuple[Any, ...], list[list[str]]] = defaultdict(list)
+        for spec, seeds in self.seeds_to_run.items():
+            words = command_of(spec, self.overrides)
+            keys = tuple(word.split("=", 1)[0] for word in words)
+            sweeps[(words[0], keys, tuple(sorted(seeds)))].append(words)
+        return [
+            self._command(words, seeds)
+            for (_, _, seeds), members in sweeps.items()
+            for words in _swept(members)
+        ]
+
+    def _command(self, words: Sequence[str], seeds: Sequence[int]) -> str:
+        words = [*words, f"seed={','.join(str(seed) for seed in seeds)}"]
         if self.results_dir != "results" and not any("results_dir=" in word for word in words):
             words.append(f"results_dir={self.results_dir}")
-        return shlex.join(["python", "run_exp.py", *["-m"] * (len(seeds) > 1), *words])
+        is_sweep = any("," in word for word in words)
+        return shlex.join(["python", "run_exp.py", *["-m"] * is_sweep, *words])
+
+
+def _swept(members: Sequence[list[str]]) -> Sequence[list[str]]:
+    """One command for all members, where these differ in the value of one key only."""
+    columns = [list(dict.fromkeys(values)) for values in zip(*members, strict=True)]
+    varying = [values for values in columns if len(values) > 1]
+    if len(varying) > 1 or any("," in value for values in varying for value in values):
+        return members
+    return [[values[0] + "".join(f",{value.split('=', 1)[1]}" for value in values[1:]) for values in columns]]
 
 
 def check_alike(where: str, runs: Sequence[Record], metric: str) -> None:

@@ -14,7 +14,7 @@ class Summary:
 
     Attributes:
         std: Standard deviation with n - 1 in the denominator; None of one run.
-        half_width: Of the mean's 95 % interval, by Student's t with n - 1 degrees of freedom; None of one run.
+        half_width: Of the mean's 95 % interval: Student's t, n - 1 degrees of freedom; None of one run.
     """
 
     n: int
