@@ -60,7 +60,7 @@ def make_table(options: argparse.Namespace) -> None:
     Raises:
         UserError: For bad input, and for runs that must not be averaged.
     """
-    root, overrides = folder_and_overrides(options.words, options.table)
+    root, overrides = folder_and_overrides(options.words, options.table is not None)
     if options.table is None:
         texts, figures = table_of_all(root, options.metric)
     else:

@@ -34,7 +34,7 @@ def in_every_format(filled: FilledTable, remarks: Sequence[str] = ()) -> dict[st
     sources = "; ".join(f"[{number}] {source}" for source, number in _sources(filled).items())
     return {
         "text": "\n".join(
-            [head, "", as_text(_LIST_HEADER, _as_list(filled)), "", *_table_notes(filled), *below]
+            [head, "", as_text(_LIST_HEADER, _as_list(filled)), "", *table_notes(filled), *below]
         ),
         "markdown": f"{head}\n\n{as_markdown(wide.header, wide.rows, [*wide.notes, *below])}",
         "latex": as_latex(wide.header, wide.rows, f"{head} Published: {sources}.", [*wide.notes, *below]),
@@ -51,7 +51,7 @@ def papers_shape(filled: FilledTable) -> Layout:
         for line, cells in zip(filled.table.lines, filled.cells, strict=True)
     ]
     notes = [f"[{number}] {source}" for source, number in sources.items()]
-    return Layout(["method", *(title(column) for column in columns)], rows, notes + _table_notes(filled))
+    return Layout(["method", *(title(column) for column in columns)], rows, notes + table_notes(filled))
 
 
 def title(column: Column) -> str:
@@ -160,7 +160,8 @@ def _joined(seeds: Sequence[int] | dict[int, float]) -> str:
     return " ".join(str(seed) for seed in seeds)
 
 
-def _table_notes(filled: FilledTable) -> list[str]:
+def table_notes(filled: FilledTable) -> list[str]:
+    """The published table's own notes."""
     table = filled.table
     notes = [table.note] if table.note else []
     notes += [f"{column.title}: {column.note}" for column in table.columns if column.note]
