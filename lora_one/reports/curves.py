@@ -97,7 +97,9 @@ def _all(rows: Sequence[Row], points: dict[str, list[dict[str, Any]]], y: str, x
         of_runs = [_of_run(points[run["run_id"]], y, x, init_seconds(run)) for run in runs]
         averaged = mean_curve([curve for curve in of_runs if curve])
         if averaged:
-            name = f"{row.name}, lr {row.rate:g}" + (f" ({runs[0]['status']})" if not row.finished else "")
+            name = f"{row.label(rows)}, lr {row.rate:g}" + (
+                f" ({runs[0]['status']})" if not row.finished else ""
+            )
             curves.append(Curve(name, averaged, len(runs), bool(row.finished)))
     return tuple(curves)
 
@@ -150,7 +152,7 @@ def _rate_curves(rows: Sequence[Row], path: str) -> list[Curve]:
     for row in rows:
         if row.finished and row.rate > 0 and summarise(row.values(path)):
             config = row.finished[0]["config"]
-            families[(row.name, settings_key(config, ["model.learning_rate"]))].append(row)
+            families[(row.label(rows), settings_key(config, ["model.learning_rate"]))].append(row)
     curves = []
     for (name, _), members in families.items():
         if len({row.rate for row in members}) < 2:

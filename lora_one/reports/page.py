@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from lora_one.reports.alike import provenance
 from lora_one.reports.curves import figures_of
 from lora_one.reports.elements import data_block, element, notes, serialised
 from lora_one.reports.page_data import figure_data
 from lora_one.reports.page_tables import papers_table, rows_table, runs_table, settings_tables, troubles
-from lora_one.reports.papers import FilledTable, provenance
+from lora_one.reports.papers import FilledTable
 from lora_one.reports.reading import Records
 from lora_one.reports.rows import Row, usual_settings
 from lora_one.reports.rows import notes as missing_runs

@@ -18,34 +18,39 @@ _READING = "Ours with its 95 % interval and number of runs; below it what was pu
 
 
 def rows_table(rows: Sequence[Row], metric: str) -> list[Element]:
-    """Rows that can be sorted by any column."""
+    """Rows that can be sorted by any column, without a dataset that all share and settings that none has."""
     if not rows:
         return []
-    header = ["#", *(name.format(metric=metric) for name in HEADER)]
-    keys = [
-        "",
-        "",
-        "",
-        "learning_rate",
-        "n",
-        metric,
-        f"{metric}_low95",
-        "validation_loss",
-        "init_seconds",
-        "train_seconds",
+    shown = [
+        name
+        for name in HEADER
+        if not (name == "dataset" and len({row.dataset for row in rows}) == 1)
+        and not (name == "settings" and not any(row.settings for row in rows))
     ]
-    body = []
-    for number, row in enumerate(rows, 1):
-        numbers = row.numbers(metric)
-        cells = [element("td", str(number), class_="number")]
-        for key, cell, name in zip(keys, row.cells(metric), HEADER, strict=True):
-            cells.append(
-                _cell(
-                    cell, numbers.get(key, "") if key else cell, "words" if name == "settings" else "number"
-                )
-            )
-        body.append(element("tr", *cells))
-    return [table(header, body, "sortable")]
+    body = [
+        element("tr", element("td", str(number), class_="number"), *_row_cells(row, metric, shown))
+        for number, row in enumerate(rows, 1)
+    ]
+    return [table(["#", *(name.format(metric=metric) for name in shown)], body, "sortable")]
+
+
+def _row_cells(row: Row, metric: str, shown: Sequence[str]) -> list[Element]:
+    numbers, texts = row.numbers(metric), dict(zip(HEADER, row.cells(metric), strict=True))
+    keys = {
+        "learning rate": "learning_rate",
+        "n": "n",
+        "{metric}": metric,
+        "95 % interval": f"{metric}_low95",
+    }
+    keys |= {"loss": "validation_loss", "init s": "init_seconds", "train s": "train_seconds"}
+    return [
+        _cell(
+            texts[name],
+            numbers[keys[name]] if name in keys else texts[name],
+            "words" if name == "settings" else "number",
+        )
+        for name in shown
+    ]
 
 
 def _cell(text: str, value: Any, kind: str) -> Element:
@@ -94,7 +99,7 @@ def _papers_cell(cell: Filled, text: str, bounds: str) -> list[Element]:
 
 
 def settings_tables(rows: Sequence[Row]) -> list[Element]:
-    """What differs between the rows, marked where it is not what most have; and what is the same in all."""
+    """What differs between the rows, marked where most have something else; and what is the same in all."""
     if not rows:
         return []
     flat = [flatten(result_settings(row.runs[0]["config"])) for row in rows]
@@ -110,17 +115,15 @@ def settings_tables(rows: Sequence[Row]) -> list[Element]:
     )
     if not varying:
         return [common]
-    usual = {
-        key: Counter(repr(settings.get(key)) for settings in flat).most_common(1)[0][0] for key in varying
-    }
+    counts = {key: Counter(repr(settings.get(key)) for settings in flat) for key in varying}
     first = min(len(rows), _FIRST_SIDE_BY_SIDE)
     body = [
         element(
             "tr",
             element("th", key, scope="row"),
             *(
-                _setting(settings.get(key), usual[key], number >= first)
-                for number, settings in enumerate(flat)
+                _setting(value, 2 * counts[key][repr(value)] <= len(flat), number >= first)
+                for number, value in enumerate(settings.get(key) for settings in flat)
             ),
         )
         for key in varying
@@ -129,7 +132,7 @@ def settings_tables(rows: Sequence[Row]) -> list[Element]:
     boxed = table(["setting", *names], body, "first-fixed", id="settings-table")
     for cell in list(boxed.iter("th"))[1 + first : 1 + len(rows)]:
         cell.set("class", "hidden")
-    hint = "Marked is what differs from most rows; # is the row's number in the comparison."
+    hint = "Marked is what most rows do not have; # is the row's number in the comparison."
     return [element("p", hint, class_="faint small"), *_chooser(names, first), boxed, common]
 
 
@@ -137,9 +140,8 @@ def _short_name(number: int, row: Row) -> str:
     return f"#{number} {row.method}, lr {row.rate:g}"
 
 
-def _setting(value: Any, usual: str, is_hidden: bool) -> Element:
-    text = str(value)
-    content = element("mark", text) if repr(value) != usual else text
+def _setting(value: Any, is_marked: bool, is_hidden: bool) -> Element:
+    content = element("mark", str(value)) if is_marked else str(value)
     return element("td", content, class_="hidden" if is_hidden else None)
 
 

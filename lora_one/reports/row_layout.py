@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from lora_one.reports.alike import provenance
 from lora_one.reports.formats import as_csv, as_latex, as_markdown, as_text
-from lora_one.reports.papers import provenance
 from lora_one.reports.rows import HEADER, Row, notes, usual_settings
 
 _SETTINGS = HEADER.index("settings")

@@ -43,6 +43,12 @@ class Row:
         """How the row is called in notes."""
         return " ".join(part for part in (self.dataset, self.method, self.settings) if part)
 
+    def label(self, among: Sequence["Row"]) -> str:
+        """A short name: without the dataset where all have the same."""
+        several = len({row.dataset for row in among}) > 1
+        parts = (self.dataset * several, self.method, self.settings)
+        return " ".join(part for part in parts if part)
+
     def values(self, metric: str) -> list[float | None]:
         """A figure of each finished run."""
         return [value_at(run, metric) for run in self.finished]

@@ -24,7 +24,7 @@ function html(name, className, text, parent) {
 function shown(value, percent) {
   if (percent) return (100 * value).toFixed(1) + " %";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 
@@ -139,7 +139,7 @@ class Chart {
     }
     const area = { left: 62, right: width - 14, top: 10, bottom: height - 44 };
     const values = curves.flatMap((curve) => curve.y.concat(curve.low || [], curve.high || []));
-    this.x = scale(curves.flatMap((curve) => curve.x), area.left, area.right, this.figure.logX, width / 110);
+    this.x = scale(curves.flatMap((curve) => curve.x), area.left, area.right, this.figure.logX, width / 75);
     this.y = scale(values, area.bottom, area.top, this.isLog, height / 55);
     this.axes(area, width, height);
     this.figure.curves.forEach((curve, i) => { if (this.visible[i]) this.line(curve, i); });
