@@ -72,16 +72,20 @@ def papers_table(filled: FilledTable) -> list[Element]:
         )
         for line, cells in zip(filled.table.lines, filled.cells, strict=True)
     ]
-    below = [*table_notes(filled), *filled.remarks, *filled.missing]
-    content = [
+    return [
         element("p", f"Settings of {filled.table.source}. {_READING}", class_="faint small"),
         table(["method", *(title(column) for column in columns)], body, "paper first-fixed"),
-        *notes(below),
-    ]  # fmt: skip
-    if filled.commands:
-        content.append(element("p", "What would fill it:"))
-        content.append(element("pre", "\n".join(filled.commands)))
-    return content
+        *notes([*table_notes(filled), *filled.remarks]),
+        *_to_fill(filled),
+    ]
+
+
+def _to_fill(filled: FilledTable) -> list[Element]:
+    if not (filled.missing or filled.commands):
+        return []
+    commands = [element("pre", "\n".join(filled.commands))] if filled.commands else []
+    summary = element("summary", "What is missing, and what would fill it")
+    return [element("details", summary, *notes(filled.missing), *commands)]
 
 
 def _papers_cell(cell: Filled, text: str, bounds: str) -> list[Element]:
@@ -89,13 +93,11 @@ def _papers_cell(cell: Filled, text: str, bounds: str) -> list[Element]:
     if text:
         parts.append(element("div", text, class_="ours" if cell.values else "missing"))
     if cell.values:
-        runs = f"{len(cell.values)} run{'s' * (len(cell.values) > 1)}"
-        missing = f", missing: seed {', '.join(map(str, cell.missing))}" if cell.missing else ""
-        parts.append(element("div", ", ".join(filter(None, (bounds, runs))) + missing, class_="small"))
-    parts += [
-        element("div", f"{published(one)} {one.source}", class_="faint small") for one in cell.published
-    ]
-    return parts
+        n, wanted = len(cell.values), len(cell.values) + len(cell.missing)
+        runs = f"{n} of {wanted} runs" if cell.missing else f"{n} run{'s' * (n > 1)}"
+        parts.append(element("div", ", ".join(filter(None, (bounds, runs))), class_="small"))
+    theirs = [f"{published(one)} {one.source}" for one in cell.published]
+    return parts + [element("div", text, class_="faint small") for text in theirs]
 
 
 def settings_tables(rows: Sequence[Row]) -> list[Element]:
