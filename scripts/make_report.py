@@ -21,7 +21,7 @@ from lora_one.files import write_text
 from lora_one.published import find_table
 from lora_one.reports.page import Contents, make_page
 from lora_one.reports.papers import fill_table
-from lora_one.reports.reading import load_records
+from lora_one.reports.reading import chosen_metric, load_records
 from lora_one.reports.rows import group
 from lora_one.reports.words import folder_and_overrides
 
@@ -43,7 +43,8 @@ def make_report(options: argparse.Namespace) -> Path:
         fill_table(find_table(name), records.all, compose_experiment, overrides, str(root))
         for name in dict.fromkeys(options.table)
     ]
-    page = make_page(Contents(root, records, group(records.all, options.metric), options.metric, papers))
+    metric = chosen_metric(records, options.metric)
+    page = make_page(Contents(root, records, group(records.all, metric), metric, papers))
     path: Path = options.output or root / "report.html"
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with -o")
@@ -63,7 +64,7 @@ def main() -> None:
         "words", nargs="*", metavar="results | override", help="folder of runs (results), and overrides"
     )
     parser.add_argument("--table", action="append", default=[], help="a paper's table by name")
-    parser.add_argument("--metric", default="test", help="of the tables, as for make_table.py")
+    parser.add_argument("--metric", help="of the tables, as for make_table.py")
     parser.add_argument("-o", "--output", type=Path, help="the file (report.html beside the runs)")
     try:
         path = make_report(parser.parse_intermixed_args())

@@ -26,16 +26,17 @@ from lora_one.reports import paper_layout, row_layout
 from lora_one.reports.figures import write_figures
 from lora_one.reports.formats import FORMATS
 from lora_one.reports.papers import fill_table
-from lora_one.reports.reading import load_records, load_some
+from lora_one.reports.reading import chosen_metric, load_records, load_some
 from lora_one.reports.rows import group
 from lora_one.reports.words import folder_and_overrides
 
 _ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 
 
-def table_of_all(root: Path, metric: str) -> tuple[dict[str, str], list[str]]:
+def table_of_all(root: Path, asked: str | None) -> tuple[dict[str, str], list[str]]:
     """The table of all runs in every format, and the names of the figures it wrote."""
     records = load_some(root)
+    metric = chosen_metric(records, asked)
     rows = group(records.all, metric)
     figures = write_figures(rows, records.folders, root, metric)
     return row_layout.in_every_format(rows, metric, records.remarks), figures
@@ -61,6 +62,8 @@ def make_table(options: argparse.Namespace) -> None:
         UserError: For bad input, and for runs that must not be averaged.
     """
     root, overrides = folder_and_overrides(options.words, options.table is not None)
+    if options.table is not None and options.metric is not None:
+        raise UserError(f"--metric {options.metric}: a paper's table has its own figures; leave it out")
     if options.table is None:
         texts, figures = table_of_all(root, options.metric)
     else:
@@ -86,8 +89,7 @@ def main() -> None:
     parser.add_argument("--table", help="a paper's table by name; docs/reproducing.md lists them")
     parser.add_argument(
         "--metric",
-        default="test",
-        help="of the table of all runs: test, validation_loss, gsm8k, lm_eval/NAME, humaneval.others.NAME, …",
+        help="of the table of all runs: test (default), validation_loss, gsm8k, humaneval.others.NAME, …",
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of what is printed")
     try:

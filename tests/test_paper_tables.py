@@ -191,11 +191,16 @@ def test_a_real_experiment_is_found_again_however_it_was_started(tmp_path, monke
         (["model=tiny"], "model=tiny: overrides go with --table"),
         (["a", "b"], "b: a second folder beside a"),
         (["nowhere"], "nowhere: no such folder"),
+        (
+            ["runs", "--metric", "tset"],
+            "--metric tset: no finished run has it (did you mean 'test'?); there are",
+        ),
         (["--table", "t", "model.epoch=2"], "experiment tiny_lora: unknown config key 'model.epoch'"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, monkeypatch, tmp_path):
     table = Table("t", "t", "s", (0,), COLUMNS[:1], (Line("LoRA", {"x": "tiny_lora"}, {}),))
+    store(tmp_path / "runs", run(0, 0.5))
     for name in ("make_table", "make_report"):
         program = load_script(name)
         monkeypatch.chdir(tmp_path)
@@ -205,7 +210,8 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch, tmp_path):
             program.main()
         assert str(ended.value.code).startswith(f"error: {message}"), ended.value.code
         assert "\n" not in str(ended.value.code)
-        assert not any(tmp_path.iterdir())
+        files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert files == {"record.json", "metrics.jsonl"}
 
 
 def test_of_copies_the_finished_one_counts_and_damage_is_said(tmp_path):
@@ -213,7 +219,10 @@ def test_of_copies_the_finished_one_counts_and_damage_is_said(tmp_path):
     store(tmp_path / "b", run(0, None, status="failed", ended="2026-01-03"))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "record.json").write_text("{")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "record.json").write_text('{"status": "finished"}')
     records = load_records(tmp_path)
+    assert records.damaged[1].startswith(f"{tmp_path}/d/record.json: not a run record, it has no run_id")
     assert [record["status"] for record in records.all] == ["finished"]
     assert records.remarks == (
         f"tiny-m-lora-lr0.001-s0 is there 2 times; the one in {tmp_path / 'a'} counts",
@@ -251,3 +260,16 @@ def test_without_runs_there_is_the_papers_side_alone(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "59.26" in printed and "to fill: python run_exp.py experiment=a seed=0\n" in printed
     assert not any(tmp_path.iterdir())
+
+
+def test_the_programs_refuse_what_must_not_be_averaged(tmp_path, monkeypatch):
+    for record in (run(0, 0.5), run(1, 0.6, data="other")):
+        store(tmp_path, record)
+    for name in ("make_table", "make_report"):
+        program = load_script(name)
+        monkeypatch.setattr(program, "find_table", lambda name: TABLE)
+        monkeypatch.setattr(program, "compose_experiment", compose)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tmp_path), "--table", "small"])
+        with pytest.raises(SystemExit, match="error: table small, A & co, X: runs that differ"):
+            program.main()
+        assert not any(path.is_file() for path in tmp_path.iterdir())

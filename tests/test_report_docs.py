@@ -1,4 +1,4 @@
-"""Every command of docs/reports.md runs, on two made runs and with a small table under the published names."""
+"""Every command of docs/reports.md runs, on two made runs and a small table under the published names."""
 
 import re
 import shlex

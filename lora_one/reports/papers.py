@@ -119,7 +119,7 @@ class _Filling:
         ]
         missing += _states(self.runs, self.matched)
         n_others = sum(len(runs) for key, runs in self.runs.items() if key not in self.matched)
-        if n_others:
+        if n_others and self.configs:
             self.remarks.append(
                 f"{n_others} runs have other settings than this table's experiments and are not in it; "
                 "give the overrides that they were started with"

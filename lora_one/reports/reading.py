@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.config import result_settings
-from lora_one.errors import UserError
+from lora_one.errors import UserError, nearest
 from lora_one.records import read_record
 
 Record = dict[str, Any]
@@ -63,11 +63,13 @@ def load_records(root: Path) -> Records:
     for path in sorted(root.rglob("record.json")):
         try:
             record = read_record(path.parent)
+            if record is None:  # removed since it was found
+                continue
+            _check_parts(record, path)
         except UserError as error:
             damaged.append(str(error))
             continue
-        if record is not None:
-            copies.setdefault(record.get("run_id") or path.parent.name, []).append((path.parent, record))
+        copies.setdefault(record["run_id"], []).append((path.parent, record))
     chosen = {name: max(same, key=lambda copy: _standing(copy[1])) for name, same in copies.items()}
     remarks = [
         f"{name} is there {len(same)} times; the one in {chosen[name][0].parent} counts"
@@ -75,6 +77,31 @@ def load_records(root: Path) -> Records:
         if len(same) > 1
     ]
     return Records(tuple(chosen.values()), tuple(damaged), tuple(remarks))
+
+
+def _check_parts(record: Record, path: Path) -> None:
+    parts = flatten(record)
+    needed = ("run_id", "method", "seed", "config.dataset.name", "config.model.learning_rate")
+    lacking = next((key for key in needed if key not in parts), None)
+    if lacking is not None:
+        raise UserError(f"{path}: not a run record, it has no {lacking}; remove it, or restore the file")
+
+
+def chosen_metric(records: Records, asked: str | None) -> str:
+    """The figure that a table shows: the one asked for, else that of the test split.
+
+    Raises:
+        UserError: If no finished run has what was asked for.
+    """
+    if asked is None:
+        return "test"
+    finished = [record for record in records.all if record["status"] == "finished"]
+    there = sorted({name for record in finished for name in record.get("metrics", {})})
+    if not any(figure_at(record, asked) is not None for record in finished):
+        raise UserError(
+            f"--metric {asked}: no finished run has it{nearest(asked, there)}; there are {', '.join(there)}"
+        )
+    return asked
 
 
 def _standing(record: Record) -> tuple[bool, str]:
