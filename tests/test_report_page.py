@@ -31,7 +31,9 @@ try {
   Object.assign(seen, { title: document.title, images: all("img").length, curves: [curves()] });
   point(box.right - 14, box.top + 10); // the highest point of the last step
   seen.tip = chart.querySelector(".tip").textContent;
-  seen.tipIsShown = !chart.querySelector(".tip").classList.contains("hidden");
+  const tip = chart.querySelector(".tip").getBoundingClientRect();
+  seen.tipIsThere = tip.width > 0 && tip.top >= box.top && tip.bottom <= box.bottom && tip.right <= box.right;
+  seen.behind = chart.querySelectorAll("path.curve.behind").length;
   const entry = chart.querySelector(".legend button");
   entry.click();
   seen.pressed = entry.getAttribute("aria-pressed");
@@ -200,7 +202,7 @@ def test_a_reader_points_clicks_sorts_and_filters(page, tmp_path, width):
     assert "error" not in seen, seen
     # Without the policy too, nothing that a run wrote is executed.
     assert seen["title"].startswith("Runs in") and seen["images"] == 0
-    assert seen["tipIsShown"] and "optimiser step 8: 50.0 %" in seen["tip"]
+    assert seen["tipIsThere"] and seen["behind"] == 5 and "optimiser step 8: 50.0 %" in seen["tip"]
     assert seen["curves"] == [6, 5, 6] and seen["pressed"] == "false"
     assert seen["rates"][0] == ["0.001", "0.002", "0.003", "0.004", "0.005", "0.006"]
     rising = ["0.006", "0.001", "0.002", "0.005", "0.004", "0.003"]

@@ -79,7 +79,7 @@ class Chart {
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerdown", (event) => this.point(event));
     this.svg.addEventListener("pointerleave", () => this.leave());
-    new ResizeObserver(() => this.draw()).observe(root);
+    new ResizeObserver(() => { if (root.clientWidth !== this.width) this.draw(); }).observe(root);
     this.draw();
   }
 
@@ -127,7 +127,8 @@ class Chart {
 
   draw() {
     this.buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(this.visible[i])));
-    const width = Math.max(260, this.root.clientWidth), height = Math.round(Math.min(440, Math.max(240, width * 0.5)));
+    this.width = this.root.clientWidth;
+    const width = Math.max(260, this.width), height = Math.round(Math.min(440, Math.max(240, width * 0.5)));
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.setAttribute("height", height);
     this.svg.replaceChildren();
@@ -202,7 +203,8 @@ class Chart {
     this.tip.classList.remove("hidden");
     const room = this.root.clientWidth - this.tip.offsetWidth, side = x > this.root.clientWidth / 2;
     this.tip.style.left = Math.max(0, Math.min(room, side ? x - this.tip.offsetWidth - 14 : x + 14)) + "px";
-    this.tip.style.top = this.svg.offsetTop + Math.max(0, y - this.tip.offsetHeight - 10) + "px";
+    const above = box.top - this.root.getBoundingClientRect().top;
+    this.tip.style.top = above + Math.max(0, y - this.tip.offsetHeight - 10) + "px";
   }
 
   leave() {
