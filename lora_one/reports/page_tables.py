@@ -73,7 +73,7 @@ def papers_table(filled: FilledTable) -> list[Element]:
         for line, cells in zip(filled.table.lines, filled.cells, strict=True)
     ]
     return [
-        element("p", f"Settings of {filled.table.source}. {_READING}", class_="faint small"),
+        element("p", f"Settings: {filled.table.source}. {_READING}", class_="faint small"),
         table(["method", *(title(column) for column in columns)], body, "paper first-fixed"),
         *notes([*table_notes(filled), *filled.remarks]),
         *_to_fill(filled),

@@ -28,9 +28,7 @@ def in_every_format(filled: FilledTable, remarks: Sequence[str] = ()) -> dict[st
         remarks: On how the runs were read.
     """
     table, wide, below = filled.table, papers_shape(filled), [*remarks, *_below(filled)]
-    head = (
-        f"{table.title}. Settings of {table.source}. Ours: mean ± standard deviation [95 % interval] (runs)."
-    )
+    head = f"{table.title}. Settings: {table.source}. Ours: mean ± standard deviation [95 % interval] (runs)."
     sources = "; ".join(f"[{number}] {source}" for source, number in _sources(filled).items())
     return {
         "text": "\n".join(

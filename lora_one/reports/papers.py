@@ -5,6 +5,7 @@ matter who started it, or how.
 """
 
 import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 from lora_one.config import ExperimentConfig
 from lora_one.experiments import command_of
+from lora_one.progress import progress_bar
 from lora_one.published import Cell, Column, Line, Table
 from lora_one.reports.alike import check_alike, provenance
 from lora_one.reports.reading import Record, figure_at, limit_of, settings_key, value_at
@@ -113,7 +115,8 @@ class _Filling:
         self.seeds_to_run: dict[str, set[int]] = {}
 
     def filled(self) -> FilledTable:
-        cells = [self._line(line) for line in self.table.lines]
+        lines = progress_bar(self.table.lines, shown=sys.stderr.isatty(), desc="experiments", leave=False)
+        cells = [self._line(line) for line in lines]
         missing = [
             text for line, own in zip(self.table.lines, cells, strict=True) for text in self._lacks(line, own)
         ]
