@@ -69,6 +69,8 @@ def test_runs_with_the_experiments_settings_fill_its_cells():
     assert (cells[1].values, cells[1].missing) == ({0: 4.0}, (1, 2))
     # Seed 0 alone has both.
     assert cells[3].values == {0: pytest.approx((0.50 + 4.0) / 2)}
+    # Where one of its columns is never measured, a mean is not missing either.
+    assert (filled.cells[1][3].values, filled.cells[1][3].missing) == ({}, ())
     assert filled.cells[2][0].is_blank and not filled.cells[2][2].is_blank
     assert "1 runs have other settings" in " ".join(filled.remarks)
     assert {record["run_id"] for record in filled.used} == {records[i]["run_id"] for i in (0, 1, 3)}
@@ -100,6 +102,13 @@ def test_one_sweep_fills_cells_that_differ_in_one_override():
     table = Table("t", "t", "s", (0,), columns, (line,))
     (command,) = fill_table(table, [], lambda *_: config_of()).commands
     assert command == "python run_exp.py -m experiment=a dataset=x,y seed=0"
+    # A sweep over two keys would make more than the two cells.
+    line = Line("A", {"x": "a dataset=x model=m", "y": "a dataset=y model=n"}, {})
+    commands = fill_table(Table("t", "t", "s", (0,), columns, (line,)), [], lambda *_: config_of()).commands
+    assert commands == [
+        "python run_exp.py experiment=a dataset=x model=m seed=0",
+        "python run_exp.py experiment=a dataset=y model=n seed=0",
+    ]
 
 
 @pytest.mark.parametrize(

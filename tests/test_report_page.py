@@ -1,5 +1,7 @@
 """The report: one file that loads nothing, in which nothing that a run wrote is markup; and in a browser."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -118,6 +120,12 @@ def test_it_is_one_file_that_loads_nothing(page):
     style = (page.parent / "report.html").read_text().split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style
     assert sum(tag == "script" for tag, _ in parsed.tags) == 2  # the data, and the program
+    policy = next(a["content"] for _, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules.keys() == {"default-src", "style-src", "script-src", "base-uri", "form-action"}
+    assert (rules["default-src"], rules["form-action"]) == ("'none'", "'none'")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert rules["style-src"] == f"'sha256-{digest}'"
 
 
 def test_what_a_run_wrote_is_text(page):
