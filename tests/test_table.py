@@ -102,6 +102,8 @@ def test_every_format_holds_the_same():
     assert (float(numbers["test"]), int(numbers["n"])) == (pytest.approx(0.7), 2)
     assert float(numbers["test_std"]) == pytest.approx(0.02**0.5)
     assert all("read twice" in texts[form] for form in ("text", "markdown", "latex"))
+    head = in_every_format(rows, "validation_loss")["text"].splitlines()[0]
+    assert head.endswith("init s     train s") and " loss " not in head  # once is enough
 
 
 def test_no_records_is_one_line(tmp_path: Path):

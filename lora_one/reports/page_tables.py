@@ -18,7 +18,7 @@ _READING = "Ours with its 95 % interval and number of runs; below it what was pu
 
 
 def rows_table(rows: Sequence[Row], metric: str) -> list[Element]:
-    """Rows that can be sorted by any column, without a dataset that all share and settings that none has."""
+    """Rows that can be sorted by any column, without columns that say nothing."""
     if not rows:
         return []
     shown = [
@@ -26,6 +26,7 @@ def rows_table(rows: Sequence[Row], metric: str) -> list[Element]:
         for name in HEADER
         if not (name == "dataset" and len({row.dataset for row in rows}) == 1)
         and not (name == "settings" and not any(row.settings for row in rows))
+        and not (name == "loss" and metric == "validation_loss")
     ]
     body = [
         element("tr", element("td", str(number), class_="number"), *_row_cells(row, metric, shown))

@@ -20,8 +20,9 @@ def in_every_format(rows: Sequence[Row], metric: str, remarks: Sequence[str] = (
         metric: The figure beside the validation loss.
         remarks: On how the runs were read.
     """
-    header = [name.format(metric=metric) for name in HEADER]
-    cells = [row.cells(metric) for row in rows]
+    kept = [i for i, name in enumerate(HEADER) if not (name == "loss" and metric == "validation_loss")]
+    header = [HEADER[i].format(metric=metric) for i in kept]
+    cells = [[row.cells(metric)[i] for i in kept] for row in rows]
     records = [run for row in rows for run in row.runs]
     made_by = provenance([run for row in rows for run in row.finished])
     below = [*remarks, *usual_settings(records), *made_by, *notes(rows)]
