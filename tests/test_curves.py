@@ -72,6 +72,9 @@ def test_what_is_no_number_is_not_drawn(tmp_path):
     drawn = figures(tmp_path, [record_of(0, 0.5)], points)
     (curve,) = figure_data(drawn["loss"])["curves"]
     assert curve["x"] == [1, 2, 3, 4, 5, 6, 7]
+    nowhere = [{"step": 1, "loss": float("nan"), "seconds": 1.0}]
+    drawn = figures(tmp_path / "other", [record_of(0, 0.5)], nowhere)
+    assert figure_data(drawn["loss"])["curves"] == []
 
 
 def test_at_first_the_best_are_shown(tmp_path):

@@ -52,9 +52,9 @@ class Contents:
 def make_page(contents: Contents) -> str:
     """The page as text."""
     style, program = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    figures = [
-        figure_data(figure) for figure in figures_of(contents.rows, contents.records.folders, contents.metric)
-    ]
+    drawn = figures_of(contents.rows, contents.records.folders, contents.metric)
+    # A curve without one finite number is left out.
+    figures = [data for data in map(figure_data, drawn) if data["curves"]]
     states = {
         record["run_id"]: state_of(record, folder, _QUIET_SECONDS)
         for folder, record in contents.records.found
