@@ -9,10 +9,7 @@ nothing for ``--quiet`` minutes. Dead, failed and unfinished runs go on with the
 """
 
 import argparse
-import fcntl
-import socket
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lora_one.errors import UserError
 from lora_one.records import read_record
+from lora_one.states import STATES, state_of
 from lora_one.tables import markdown_table
 from lora_one.tracking import read_metrics
 
-STATES = ("running", "dead", "failed", "unfinished", "pruned", "finished", "damaged")
 HEAD = ["run", "state", "progress", "left", "loss", "host", "job", "since", "remark"]
 
 
@@ -49,34 +46,6 @@ def describe(folder: Path, quiet_seconds: float) -> list[str]:
         str(record.get("started", ""))[:16].replace("T", " "),
         remark(record, state),
     ]
-
-
-def state_of(record: dict[str, Any], folder: Path, quiet_seconds: float) -> str:
-    """The record's status, or ``dead`` where it says running and nobody is at work."""
-    if record["status"] != "running":
-        return str(record["status"])
-    if is_locked(folder / "run.lock"):
-        return "running"
-    is_here = record.get("hardware", {}).get("host") == socket.gethostname()
-    return "dead" if is_here or quiet_for(folder) > quiet_seconds else "running"
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a live program holds the lock, as far as this machine can see."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def quiet_for(folder: Path) -> float:
-    """Seconds since anything was written to the folder's record, metrics or answers."""
-    files = [folder / "record.json", folder / "metrics.jsonl", *folder.glob("answers/*/*")]
-    return time.time() - max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
 
 def progress(record: dict[str, Any], points: list[dict[str, Any]]) -> str:

@@ -58,7 +58,10 @@ def test_the_table_is_made(cli, tmp_path):
     for method in ("lora ", "LoRA-GA", "LoRA-One", "full-ft"):
         assert method in done.stdout
     assert "missing" not in done.stdout
-    for name in ("table.md", "table.csv", "loss.png"):
+    report = next(c for c in COMMANDS if "make_report" in c[1])
+    done = run_program(sys.executable, report[1], f"{tmp_path}/results")
+    assert done.returncode == 0, done.stderr
+    for name in ("table.md", "table.tex", "table.csv", "loss.png", "report.html"):
         assert (tmp_path / "results" / name).stat().st_size > 100
 
 
@@ -78,6 +81,7 @@ def test_every_command_is_tested():
         "make test",
         "python run_exp.py",
         "accelerate launch",
+        "python scripts/make_report.py",
         "python scripts/make_table.py",
         "python scripts/status.py",
     }
