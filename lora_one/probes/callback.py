@@ -60,23 +60,29 @@ class Probes(TrainerCallback):
             return
         after = self.looker.states()
         with self._held.in_place():
-            self._look(state.global_step - 1, after, optimizer)
+            self._look(state.global_step - 1, after, optimizer, _clipped_to(args, state))
         self._held = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Looks at the weights that the training ends with; no step follows."""
         if state.global_step == state.max_steps:
-            self._look(state.global_step, None, optimizer)
+            self._look(state.global_step, None, optimizer, _clipped_to(args, state))
 
-    def _look(self, step: int, after: States | None, optimizer: Any) -> None:
+    def _look(self, step: int, after: States | None, optimizer: Any, clipped_to: float) -> None:
         assert self._file is not None
         begin = time.perf_counter()
-        rows = self.looker.look(step, after, optimizer)
+        rows = self.looker.look(step, after, optimizer, clipped_to)
         self._again = rows.is_still("update/cosine_gradient")
         totals, seconds = rows.over_layers(), round(time.perf_counter() - begin, 3)
         self._file.append({"step": step, "seconds": seconds, "totals": totals, "layers": rows.by_layer()})
         points = {f"probes/{key}": value for key, value in totals.items() if value is not None}
         self.tracker.log(points, step=step)
+
+
+def _clipped_to(args: Any, state: Any) -> float:
+    """The share that clipping left of the last logged gradient."""
+    norms = [entry["grad_norm"] for entry in state.log_history[-2:] if "grad_norm" in entry]
+    return min(1.0, args.max_grad_norm / norms[-1]) if norms and norms[-1] > 0 else 1.0
 
 
 def start_probes(

@@ -72,13 +72,14 @@ class Looker:
         """What is trained of every layer, as it is now."""
         return {path: layer.state() for path, layer in self.layers.items()}
 
-    def look(self, step: int, after: States | None, optimizer: Any) -> Rows:
+    def look(self, step: int, after: States | None, optimizer: Any, clipped_to: float = 1.0) -> Rows:
         """All figures at the weights as they are.
 
         Args:
             step: Optimiser steps that led here.
             after: The states that the next step led to, if one was taken.
             optimizer: That of the training.
+            clipped_to: What clipping leaves of the gradients these days, as a share.
         """
         rows, now, asked = Rows(layer.name for layer in self.layers.values()), self.states(), self.settings
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), unfused(self.model):
@@ -91,7 +92,7 @@ class Looker:
             if self._reference is not None and step in self._reference.steps:
                 self._beside_reference(self._reference, step, now, rows)
             if asked.curvature:
-                found = self._curvature(optimizer)
+                found = self._curvature(optimizer, clipped_to)
                 rows.totals |= {f"curvature/{key}": value for key, value in found.items()}
         if asked.snapshots:
             weights = {layer.name: now[path].W_OI for path, layer in self.layers.items()}
@@ -188,7 +189,7 @@ class Looker:
                 rows.align(layer.name, "trajectory/cosine_since", align(change, M_OI))
         self._previous = step, now
 
-    def _curvature(self, optimizer: Any) -> dict[str, float | None]:
+    def _curvature(self, optimizer: Any, clipped_to: float) -> dict[str, float | None]:
         """Of the sample's loss in all that is trained."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         n = sum(parameter.numel() for parameter in parameters)
@@ -204,9 +205,9 @@ class Looker:
             figures["sgd_rate_limit"] = curvature.rate_limit(found.top, momentum)
             scale_P = curvature.adam_scale(optimizer, parameters) if choice.name == "adamw" else None
             if scale_P is not None:
-                found = curvature.lanczos(
-                    curvature.preconditioned(multiply, scale_P), start_P, self.settings.products
-                )
+                # Adam's moments are of clipped gradients, and so is what it multiplies.
+                multiply = curvature.preconditioned(multiply, clipped_to * scale_P)
+                found = curvature.lanczos(multiply, start_P, self.settings.products)
                 figures["adam_top"], figures["adam_error"] = found.top, found.error
                 figures["adam_rate_limit"] = curvature.adam_rate_limit(found.top, choice.beta1)
         return figures
