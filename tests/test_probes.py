@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, on_two_processes, only_run, random_examples, small_llama
+from conftest import ALONE, load_script, on_two_processes, only_run, random_examples, small_llama
 from peft import LoraConfig, get_peft_model
 from test_training import Interrupted
 
 from lora_one import training
 from lora_one.config import ExperimentConfig, WandbConfig, parse_tree
+from lora_one.data.batches import collate
+from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.inits import AdapterInit, init_factors
 from lora_one.losses import weighted_loss
@@ -490,6 +492,25 @@ def test_a_trajectory_of_full_fine_tuning_is_compared_with(tmp_path):
         Trajectory(str(tmp_path / "full"), {name: (8, 8)})
     with pytest.raises(UserError, match=r"probes\.reference=.*: holds no snapshots from step 0 on"):
         Trajectory(str(tmp_path), {name: (32, 32)})
+
+
+def test_the_script_finds_the_stable_scale_where_it_is():
+    script = load_script("compare_scales")
+    ids = np.random.default_rng(0).integers(3, 64, size=(4, 32)).astype(np.int32)
+    batch = collate([(Encoded(row, 1), 1 / 124) for row in ids], pad_id=0)
+    model = script.random_llama(32, 64)
+    found = {
+        (row[1], row[2]): [float(cell) for cell in row[3:]]
+        for row in script.rows_of("width 32", model, [2, 8, 64], batch, 1, 1e-3)
+    }
+    assert {rank for _, rank in found} == {"2", "8"}  # 64 is too many for these layers
+    shapes = [layer.weight.shape for layer in linear_layers(model).values()]
+    backward = math.exp(sum(math.log(out / into) for out, into in shapes) / len(shapes))
+    for rank in (2, 8):
+        assert found["LoRA-GA, stable", str(rank)][:2] == pytest.approx([1.0, backward], rel=5e-3)
+        assert found["LoRA-GA, stable, s = α/r", str(rank)][0] == pytest.approx(1 / rank, rel=5e-3)
+        assert found["LoRA", str(rank)][:4] == [0, 0, 0, 0]
+        assert min(found["LoRA", str(rank)][4:]) > 0
 
 
 # ---- as people ask for them
