@@ -85,7 +85,8 @@ def _choices(group: str, value: str, conf_dir: Path) -> str:
     # Hydra composes a list of choices into one node.
     is_list = value.startswith("[") and value.endswith("]") and group in _LIST_GROUPS
     value = value.strip("[]") if is_list else value
-    names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\" ").split(",")]
+    asked = [name.strip() for name in value.strip("'\"").split(",")]
+    names = [_CHOICE_ALIASES.get((group, name), name) for name in asked]
     for name in names:
         if name not in valid:
             raise UserError(
