@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, load_script, on_two_processes, only_run, random_examples, small_llama
+from conftest import ALONE, ROOT, load_script, on_two_processes, only_run, random_examples, small_llama
 from peft import LoraConfig, get_peft_model
 from test_training import Interrupted
 
@@ -572,3 +574,42 @@ def test_a_mistyped_probe_is_one_line_with_the_nearest(asked, cli):
     done = cli("debug=short", asked)
     assert done.returncode == 2
     assert "probes=updates: no such choice (did you mean 'update'?)" in done.stderr
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/probes.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_of_the_page(command, cli, tmp_path, monkeypatch, capsys):
+    if command[1] == "run_exp.py":
+        asked, short = command[2:], ["debug=short", "eval.task=null"]
+        if "probes.reference=results/RUN" in asked:
+            full = ["peft=full_ft", "probes=update", "probes.snapshots=true"]
+            assert cli(*full, *short, f"results_dir={tmp_path}/full").returncode == 0
+            asked = [*asked[:-1], f"probes.reference={only_run(tmp_path / 'full')}"]
+        done = cli(*asked, *short, *(["dry_run=true"] if "-m" in asked else []))
+        assert done.returncode == 0, done.stderr
+        return
+    script = load_script(command[1].removeprefix("scripts/").removesuffix(".py"))
+    asked = [argument.replace("results", f"{tmp_path}/results") for argument in command[2:]]
+    if script.__name__ == "plot_probes":
+        assert cli("debug=short", "eval.task=null", "probes=[update,subspaces]").returncode == 0
+    else:
+        asked += ["--ranks", "4", "--widths", "64", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["program", *asked])
+    script.main()
+    shown = capsys.readouterr().out
+    assert "LoRA-One" in shown
+    if script.__name__ == "plot_probes":
+        assert (tmp_path / "results" / "probes.png").stat().st_size > 10_000
+        monkeypatch.setattr("sys.argv", ["program", str(tmp_path / "results"), "--keys", "update/cosine"])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert "no run has it (did you mean 'update/" in capsys.readouterr().err
+
+
+def test_a_folder_without_probes_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no run with a probes\.jsonl below it; train with probes=all"):
+        load_script("plot_probes").read_runs(tmp_path)
