@@ -16,7 +16,7 @@ from lora_one import training
 from lora_one.config import ExperimentConfig, WandbConfig, parse_tree
 from lora_one.data.batches import collate
 from lora_one.data.encoding import Encoded
-from lora_one.errors import UserError
+from lora_one.errors import DivergedError, UserError
 from lora_one.inits import AdapterInit, init_factors
 from lora_one.losses import weighted_loss
 from lora_one.models import linear_layers
@@ -29,6 +29,7 @@ from lora_one.probes.passes import look_at_layers, probe_batch
 from lora_one.processes import Processes, start_processes
 from lora_one.tracking import Tracker, read_metrics
 
+LORA = LoraConfig(r=4, target_modules="all-linear")
 ALL = dict.fromkeys(("update", "subspaces", "spectrum", "variance", "curvature"), True)
 
 
@@ -423,6 +424,13 @@ def test_a_resumed_run_ends_with_the_rows_of_one_that_was_not(tmp_path, monkeypa
     assert cut == whole
 
 
+def test_a_training_that_diverges_ends_as_it_would_without_them(tmp_path):
+    settings = config(model={"learning_rate": 1e38, "warmup_steps": 0}, probes={"every": 1})
+    with pytest.raises(DivergedError, match=r"step \d: the"):
+        fit(tmp_path, settings, adapted())
+    assert len(read_metrics(tmp_path / "probes.jsonl")) < 5
+
+
 def fit_as_rank(folder: str) -> None:
     from pathlib import Path
 
@@ -490,6 +498,10 @@ def test_a_trajectory_of_full_fine_tuning_is_compared_with(tmp_path):
     assert rows[1]["totals"]["trajectory/cosine_since"] == pytest.approx(
         rows[1]["totals"]["trajectory/cosine"], rel=1e-3
     )
+    with pytest.raises(
+        UserError, match=r"began with other weights than this run \(model\.layers\.1\.mlp\.down_p"
+    ):
+        fit(tmp_path / "other", config(probes=asked), get_peft_model(small_llama(seed=1), LORA))
     with pytest.raises(UserError, match=r"q_proj is \(32, 32\) there and \(8, 8\) here"):
         Trajectory(str(tmp_path / "full"), {name: (8, 8)})
     with pytest.raises(UserError, match=r"probes\.reference=.*: holds no snapshots from step 0 on"):

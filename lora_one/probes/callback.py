@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from lora_one.combinations import FACTOR_PROBES
@@ -71,7 +72,10 @@ class Probes(TrainerCallback):
     def _look(self, step: int, after: States | None, optimizer: Any, clipped_to: float) -> None:
         assert self._file is not None
         begin = time.perf_counter()
-        rows = self.looker.look(step, after, optimizer, clipped_to)
+        try:
+            rows = self.looker.look(step, after, optimizer, clipped_to)
+        except torch.linalg.LinAlgError:
+            return  # of numbers that are none; the training itself ends with the step's name
         self._again = rows.is_still("update/cosine_gradient")
         totals, seconds = rows.over_layers(), round(time.perf_counter() - begin, 3)
         self._file.append({"step": step, "seconds": seconds, "totals": totals, "layers": rows.by_layer()})

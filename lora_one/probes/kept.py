@@ -55,9 +55,10 @@ class Trajectory:
 
     def moved(self, name: str, step: int, since: int = 0) -> Tensor:
         """What a layer's weight (out, in) has moved by between two steps, float32 on the CPU."""
-        return self._read(name, step) - self._read(name, since)
+        return self.weight(name, step) - self.weight(name, since)
 
-    def _read(self, name: str, step: int) -> Tensor:
+    def weight(self, name: str, step: int) -> Tensor:
+        """A layer's weight (out, in) at a step, float32 on the CPU."""
         with self._open(step) as file:
             return file.get_tensor(name).float()
 

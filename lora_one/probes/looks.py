@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_one.adapters import shift_place
 from lora_one.config import ExperimentConfig
 from lora_one.data.batches import Batch
+from lora_one.errors import UserError
 from lora_one.fused import unfused
 from lora_one.inits import AdapterInit
+from lora_one.layers import quantisation, read_weight
 from lora_one.losses import weighted_loss
 from lora_one.modes import in_mode
 from lora_one.probes import curvature, spectra, updates, variances
@@ -24,6 +27,8 @@ from lora_one.probes.subspaces import Spaces, compare_factors, energy_between
 from lora_one.triplets import leading_svd
 
 FIRST_FILE = "probes.safetensors"
+# How far storing a weight in low precision can take it, relative; another model's is as far as 1.
+_ROUNDED_APART, _QUANTISED_APART = 0.02, 0.3
 _LOSS_SCALE = 2.0**12  # of float16, as in the gradient estimate
 States = Mapping[str, State]
 
@@ -63,6 +68,7 @@ class Looker:
         if self.settings.reference is not None and config.peft.use_peft:
             shapes = {layer.name: layer.shape for layer in self.layers.values()}
             self._reference = Trajectory(self.settings.reference, shapes)
+            self._check_base(self._reference)
 
     def go_on(self) -> None:
         """Takes up what an interrupted start of the run has kept."""
@@ -102,6 +108,21 @@ class Looker:
     @property
     def _device(self) -> torch.device:
         return self.batch["input_ids"].device
+
+    def _check_base(self, reference: Trajectory) -> None:
+        """Raises UserError if the reference began with other weights; looks at the last layer."""
+        layer = list(self.layers.values())[-1]
+        base = layer.module.get_base_layer()
+        W_OI, first_OI = read_weight(base), reference.weight(layer.name, 0).to(self._device)
+        if layer.start is not None and shift_place(base, self.config.init.shift) == "weight":
+            _, _, scaling = factors(layer.state())
+            W_OI += (scaling * (layer.start.B_OR @ layer.start.A_RI)).to(W_OI)
+        apart = float((W_OI - first_OI).norm() / first_OI.norm())
+        if apart > (_QUANTISED_APART if quantisation(base) else _ROUNDED_APART):
+            raise UserError(
+                f"probes.reference={self.settings.reference}: began with other weights than this run "
+                f"({layer.name} is {apart:.0%} away); use a run of the same model"
+            )
 
     def _run(self, look: Any) -> None:
         scale = _LOSS_SCALE if self.config.model.fp16 else 1.0
