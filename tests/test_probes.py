@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import ALONE, ROOT, load_script, on_two_processes, only_run, random_examples, small_llama
 from peft import LoraConfig, get_peft_model
+from test_layers import gpt2, llama_config, t5
 from test_training import Interrupted
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from lora_one import training
 from lora_one.config import ExperimentConfig, WandbConfig, parse_tree
@@ -314,25 +316,47 @@ def assert_same(one, other):
         assert torch.equal(first, second), name
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_gradient_seen_in_a_layer_is_autograds(dora):
-    """Of the effective weight: moving it by an output-side matrix is moving the layer's output."""
-    model, batch = adapted(dora, started=True), probe_batch(random_examples(44), 6, "sample", 0, 0)
-    found = {}
+def adapted_t5():
+    torch.manual_seed(0)
+    return get_peft_model(
+        t5(), LoraConfig(r=4, target_modules=["q", "v", "wi", "wo"], init_lora_weights=False)
+    )
+
+
+def adapted_gpt2():
+    torch.manual_seed(0)
+    targets = ["c_attn", "c_fc", "c_proj"]
+    model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True))
+    model.config.use_cache = False
+    return model
+
+
+SEEN = {
+    "lora": (lambda: adapted(started=True), "1.self_attn.v_proj"),
+    "dora": (lambda: adapted(dora=True, started=True), "1.self_attn.v_proj"),
+    "conv1d": (adapted_gpt2, "1.mlp.c_fc"),
+    "t5": (adapted_t5, "decoder.block.1.layer.1.EncDecAttention.v"),
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_the_gradient_seen_in_a_layer_is_autograds(case):
+    """Of the effective weight: moving it is adding a product with the input to the layer's output."""
+    make, end = SEEN[case]
+    examples = random_examples(44)
+    if case == "t5":
+        examples = [Encoded(example.ids, example.n_prompt, is_pair=True) for example in examples]
+    model, batch, found = make(), probe_batch(examples, 6, "sample", 0, 0), dict[str, torch.Tensor]()
     layers = find_layers(model, {})
-    look_at_layers(
-        model, list(layers), batch, lambda path, x, delta: found.update({path: delta.T @ x}), scale=8.0
-    )
-    path = next(path for path in layers if path.endswith("1.self_attn.v_proj"))
+    look_at_layers(model, list(layers), batch, lambda name, x, d: found.update({name: d.T @ x}), scale=8.0)
+    path = next(path for path in layers if path.endswith(end))
     E = torch.zeros(layers[path].shape, requires_grad=True)
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda _, inputs, output: output + inputs[0] @ E.T
-    )
+    hook = model.get_submodule(path).register_forward_hook(lambda _, inputs, out: out + inputs[0] @ E.T)
     model.eval()
     (expected,) = torch.autograd.grad(weighted_loss(model, batch), E)
-    handle.remove()
+    hook.remove()
     np.testing.assert_allclose(found[path], expected, atol=2e-7, rtol=1e-4)
-    assert len(found) == len(layers) == len(linear_layers(small_llama()))
+    assert len(found) == len(layers)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -358,7 +382,22 @@ CASES = {
     "scaled": {"optimizer": {"name": "scaled_adamw"}},
     "full_ft": {"peft": {"use_peft": False}},
     "dora": {"peft": {"dora": True}},
+    "conv1d": {},
+    "4bit": {"probes": {"curvature": False}},
 }
+
+
+def quantised(folder):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config()).save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.float32)
+    model.config.use_cache = False
+    torch.manual_seed(0)
+    return get_peft_model(model, LORA)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -366,6 +405,8 @@ def test_a_training_does_not_notice_them(case, tmp_path):
     def model():
         if case == "full_ft":
             return small_llama()
+        if case in ("conv1d", "4bit"):
+            return adapted_gpt2() if case == "conv1d" else quantised(tmp_path / "base")
         return adapted(case == "dora", started=case == "scaled")
 
     settings = config(**CASES[case])
@@ -393,9 +434,9 @@ def test_a_training_does_not_notice_them(case, tmp_path):
             < row["totals"]["update/cosine_gradient"]
             <= row["totals"]["update/best_cosine"] + (case == "full_ft")
         )
-    assert len(rows[1]["layers"]) == len(linear_layers(small_llama()))
+    assert len(rows[1]["layers"]) == (8 if case == "conv1d" else 14)
     assert ("variance/forward" in rows[1]["totals"]) == (case != "full_ft")
-    assert rows[1]["totals"]["curvature/top"] > 0
+    assert case == "4bit" or rows[1]["totals"]["curvature/top"] > 0
 
 
 def test_a_resumed_run_ends_with_the_rows_of_one_that_was_not(tmp_path, monkeypatch):
