@@ -32,6 +32,7 @@ from lora_one.data.batches import Batch, collate
 from lora_one.data.encoding import Encoded
 from lora_one.data.tiny import problems
 from lora_one.errors import UserError
+from lora_one.layers import shape_OI
 from lora_one.losses import weighted_loss
 from lora_one.models import EMBEDDED_MODEL, linear_layers, model_source
 from lora_one.probes.layers import factors, find_layers
@@ -148,7 +149,7 @@ def rows_of(
     name: str, model: Any, ranks: Sequence[int], batch: Batch, steps: int, rate: float
 ) -> Iterator[list[str]]:
     """A row for every method and rank that the model's layers are large enough for."""
-    limit = min(min(layer.weight.shape) for layer in linear_layers(model).values())  # type: ignore[union-attr, type-var, arg-type]
+    limit = min(min(shape_OI(layer)) for layer in linear_layers(model).values())
     for method in METHODS:
         for rank in ranks:
             if 2 * rank > limit:

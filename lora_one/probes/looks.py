@@ -216,13 +216,13 @@ class Looker:
         n = sum(parameter.numel() for parameter in parameters)
         start_P = torch.randn(n, generator=torch.Generator().manual_seed(self.config.seed))
         start_P = start_P.to(parameters[0].device)
-        choice, figures = self.config.optimizer, {}
+        choice, figures = self.config.optimizer, dict[str, float | None]()
         # The fast attention kernels cannot be differentiated twice.
         with in_mode(self.model, training=False), sdpa_kernel([SDPBackend.MATH]), torch.enable_grad():
             multiply = curvature.hessian_product(weighted_loss(self.model, self.batch), parameters)
             found = curvature.lanczos(multiply, start_P, self.settings.products)
             momentum = choice.momentum if choice.name == "sgd" else 0.0
-            figures = {"top": found.top, "bottom": found.bottom, "error": found.error}
+            figures |= {"top": found.top, "bottom": found.bottom, "error": found.error}
             figures["sgd_rate_limit"] = curvature.rate_limit(found.top, momentum)
             scale_P = curvature.adam_scale(optimizer, parameters) if choice.name == "adamw" else None
             if scale_P is not None:
