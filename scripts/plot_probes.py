@@ -1,6 +1,6 @@
 """The probes of several runs in one picture: a line a method, the mean over its seeds.
 
-    python run_exp.py -m init.direction=LoRA-One,LoRA-GA seed=0,1 probes=[update,spectrum]
+    python run_exp.py -m init.direction=LoRA-One,LoRA-GA seed=0,1 'probes=[update,spectrum]'
     python scripts/plot_probes.py results --out results/probes.png
     python scripts/plot_probes.py results --keys update/cosine_gradient spectrum/norm_moved
 
