@@ -51,9 +51,9 @@ def read_runs(root: Path) -> Runs:
 
 
 def over_seeds(runs: list[list[dict[str, Any]]], key: str) -> list[tuple[int, float]]:
-    """Mean of a figure at the steps that all runs of a method have it at."""
-    curves = [dict(curve(rows, key)) for rows in runs]
-    steps = sorted(set.intersection(*(set(points) for points in curves)))
+    """Mean of a figure over the runs that have it, at the steps that all of these have it at."""
+    curves = [dict(points) for rows in runs if (points := curve(rows, key))]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return [(step, mean(points[step] for points in curves)) for step in steps]
 
 

@@ -439,6 +439,26 @@ def test_a_training_does_not_notice_them(case, tmp_path):
     assert not settings.probes.curvature or rows[1]["totals"]["curvature/top"] > 0
 
 
+def test_adams_limit_counts_what_clipping_leaves(tmp_path):
+    """Adam's step is the same for gradients of any size, so clipping all of them changes no limit."""
+    asked, limits = {**dict.fromkeys(ALL, False), "curvature": True, "every": 12}, []
+    # Weights that Adam moves by nothing: the second moments are of one gradient, clipped or not.
+    for name, norm in (("clipped", 1e-3), ("whole", math.inf)):
+        model = {
+            "max_grad_norm": norm,
+            "learning_rate": 0.0,
+            "max_steps": 12,
+            "epochs": 12,
+            "real_batch_size": 44,
+        }
+        settings = config(model=model, probes=asked, optimizer={"eps": 1e-20})
+        fit(tmp_path / name, settings, adapted(started=True))
+        rows = read_metrics(tmp_path / name / "probes.jsonl")
+        limits.append(rows[-1]["totals"]["curvature/adam_rate_limit"])
+        assert rows[-1]["step"] == 12
+    assert limits[0] == pytest.approx(limits[1], rel=0.05)
+
+
 def test_a_resumed_run_ends_with_the_rows_of_one_that_was_not(tmp_path, monkeypatch):
     settings = config(model={"max_steps": 8, "save_steps": 4, "epochs": 2})
     fit(tmp_path / "whole", settings, adapted())

@@ -85,8 +85,9 @@ class Probes(TrainerCallback):
 
 def _clipped_to(args: Any, state: Any) -> float:
     """The share that clipping left of the last logged gradient."""
-    norms = [entry["grad_norm"] for entry in state.log_history[-2:] if "grad_norm" in entry]
-    return min(1.0, args.max_grad_norm / norms[-1]) if norms and norms[-1] > 0 else 1.0
+    norms = (entry["grad_norm"] for entry in reversed(state.log_history) if "grad_norm" in entry)
+    norm = next(norms, 0.0)
+    return min(1.0, args.max_grad_norm / norm) if norm > 0 else 1.0
 
 
 def start_probes(
