@@ -87,10 +87,10 @@ def draw(runs: Runs, keys: list[str], path: Path, log: list[str]) -> None:
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
         for number, (method, of_seeds) in enumerate(runs.items()):
-            points = over_seeds(of_seeds, key)
+            points = [point for point in over_seeds(of_seeds, key) if point[1] > 0 or key not in log]
             if points:
                 axis.plot(*zip(*points, strict=True), ".-", color=f"C{number}", label=method)
-            for rows in of_seeds if len(of_seeds) > 1 else []:
+            for rows in of_seeds if len(of_seeds) > 1 and key not in log else []:
                 axis.plot(*zip(*curve(rows, key), strict=True), color=f"C{number}", alpha=0.3, linewidth=0.8)
         axis.set(title=key, xlabel="optimiser step", yscale="log" if key in log else "linear")
         axis.grid(alpha=0.3)
