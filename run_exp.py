@@ -55,6 +55,9 @@ from lora_one.models import LoadedModel, adapter_ranks, check_model_type, load_m
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
 from lora_one.plots import plot_run
+from lora_one.probes.callback import FILE as PROBES_FILE
+from lora_one.probes.callback import start_probes
+from lora_one.probes.figures import plot_probes
 from lora_one.processes import end_processes, start_processes
 from lora_one.quiet import quieten_libraries
 from lora_one.records import run_id
@@ -81,7 +84,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
     estimate = estimate_for_init(config, loaded, data, run)
     model, inits = initialise(config, loaded, estimate, data, run)
     with start_tracker(config, run) as tracker:
-        train(config, model, data, loaded, tracker, run)
+        train(config, model, inits, data, loaded, tracker, run)
         export_adapter(config, model, inits, run)
         evaluate("test", config, model, data, loaded, run)
         run_benchmarks(config.eval.tasks, config, model, loaded, run)
@@ -90,6 +93,7 @@ def run_experiment(config: ExperimentConfig, run: Run) -> None:
         export_merged(config, model, loaded, run)
         write_cards(run)
         plot_run(run.record, run.folder)
+        plot_probes(run.record, run.folder)
 
 
 def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
@@ -276,7 +280,13 @@ def start_tracker(config: ExperimentConfig, run: Run) -> Tracker:
 
 
 def train(
-    config: ExperimentConfig, model: Any, data: Data, loaded: LoadedModel, tracker: Tracker, run: Run
+    config: ExperimentConfig,
+    model: Any,
+    inits: dict[str, AdapterInit],
+    data: Data,
+    loaded: LoadedModel,
+    tracker: Tracker,
+    run: Run,
 ) -> None:
     """Trains in place; an interrupted run goes on from its last complete checkpoint.
 
@@ -297,6 +307,16 @@ def train(
             folder=run.folder,
             tracker=tracker,
             exact_match=exact_match(config, data, loaded, run),
+            probes=start_probes(
+                config,
+                model,
+                inits,
+                data.train.examples,
+                pad_id=data.pad_id,
+                processes=run.processes,
+                folder=run.folder,
+                tracker=tracker,
+            ),
         )
         total = sum(parameter.numel() for parameter in model.parameters())
         run.record.training = {"trainable_parameters": trainable, "parameters": total, **asdict(result)}
@@ -369,6 +389,11 @@ def add_outputs(config: ExperimentConfig, run: Run) -> None:
     )
     wants_merged = config.model.saving and not (run.folder / "merged").exists()
     asked = benchmarks_to_run(config, run.previous)
+    if config.probes.is_on and not (run.folder / PROBES_FILE).exists():
+        run.processes.say(
+            "note: probes look at a training, and this run was trained without; to train it again with them, "
+            "use another results_dir"
+        )
     wants_test, wants_merged, asked = run.processes.from_main((wants_test, wants_merged, asked))
     if not (wants_merged or wants_test or asked):
         run.processes.say(f"{run.folder}: this run is finished, nothing to do")

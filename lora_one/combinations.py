@@ -37,6 +37,8 @@ _MODE_KEYS: dict[str, set[str]] = {
     "peft_lora_ga": {"direction", "scale", "stable_gamma", *_SAMPLE_KEYS},
     "adapter": {"adapter"},
 }
+# Those that full fine-tuning leaves out.
+FACTOR_PROBES = {"subspaces", "spectrum", "variance", "reference"}
 # What init.mode=adapter does not take from the adapter.
 _OWN_PEFT_KEYS = {"use_peft", "use_loraplus", "loraplus_lr_ratio"}
 
@@ -104,7 +106,35 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
         raise UserError(f"optimizer={config.optimizer.name}: {what}; use optimizer=adamw")
     if config.model.quantization and not peft.use_peft:
         raise UserError("model.quantization: quantised weights cannot be trained; use peft=all")
+    _check_probes(config)
     _check_effects(config, named)
+
+
+def _check_probes(config: ExperimentConfig) -> None:
+    probes, model = config.probes, config.model
+    if probes.is_on and config.peft.adalora:
+        raise UserError("probes: AdaLoRA moves ranks between its three factors; use probes=none")
+    if probes.snapshots and config.peft.use_peft:
+        raise UserError("probes.snapshots=true: keeps the weights of full fine-tuning; use peft=full_ft")
+    if probes.is_on and not config.peft.use_peft and set(probes.names) <= FACTOR_PROBES:
+        raise UserError(
+            f"probes: {', '.join(probes.names)} look at an adapter's factors, and full fine-tuning has none; "
+            "use probes=[update,curvature]"
+        )
+    if probes.reference is not None and config.peft.dora:
+        raise UserError(
+            "probes.reference: not with DoRA, whose magnitudes move the weights too; leave it out"
+        )
+    if not probes.curvature:
+        return
+    attention = model.attn_implementation or ""
+    for key, is_so in (
+        (f"model.quantization={model.quantization}", model.quantization is not None),
+        ("model.fp16=true", model.fp16),
+        (f"model.attn_implementation={attention}", "flash" in attention or "flex" in attention),
+    ):
+        if is_so:
+            raise UserError(f"{key}: cannot be differentiated twice; use probes.curvature=false")
 
 
 def _check_pair(config: ExperimentConfig) -> None:
@@ -200,6 +230,8 @@ def _check_effects(config: ExperimentConfig, named: frozenset[str] | set[str]) -
         ("peft.lora_r", peft.lora_relative_r is not None, "peft.lora_relative_r=null"),
         ("peft.use_rslora", peft.adalora, "peft.adalora=false"),
         ("peft.loraplus_lr_ratio", not peft.use_loraplus, "peft.use_loraplus=true"),
+        *((f"probes.{key}", not config.probes.is_on, "probes=all") for key in ("every", "n_examples")),
+        ("probes.products", not config.probes.curvature, "probes.curvature=true"),
         *(
             (f"dataset.{key}", config.dataset.name != "custom", "dataset=custom")
             for key in ("prompt", "target", "answer", "messages")

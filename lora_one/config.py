@@ -274,6 +274,32 @@ class EvalConfig(Section):
     )
 
 
+class ProbesConfig(Section):
+    """What is measured while a run trains; nothing of it changes the run."""
+
+    update: bool = Field(False, description="each step's cosine with full fine-tuning's")
+    subspaces: bool = Field(False, description="A and B against the gradient's singular spaces")
+    spectrum: bool = Field(False, description="norms, singular values and effective rank of s·B·A")
+    variance: bool = Field(False, description="forward and backward scale of the adapters")
+    curvature: bool = Field(False, description="largest eigenvalue of the Hessian, and stable rates")
+    every: int = Field(25, ge=1, description="steps between two looks")
+    n_examples: int = Field(8, ge=1, description="of the fixed sample, one batch")
+    products: int = Field(12, ge=2, description="curvature: most Hessian-vector products of a look")
+    snapshots: bool = Field(False, description="full fine-tuning: keep the weights at every look")
+    reference: Text | None = Field(None, description="run folder with snapshots to be compared with")
+
+    @property
+    def names(self) -> list[str]:
+        """Those that are asked for, by the names of their keys."""
+        flags = ("update", "subspaces", "spectrum", "variance", "curvature", "snapshots")
+        return [key for key in flags if getattr(self, key)] + ["reference"] * (self.reference is not None)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to look at."""
+        return bool(self.names)
+
+
 class WandbConfig(Section):
     """Weights & Biases. ``auto`` is online where an API key is found and offline otherwise."""
 
@@ -293,6 +319,7 @@ class ExperimentConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = WandbConfig()
+    probes: ProbesConfig = ProbesConfig()
     seed: int = Field(0, ge=0, lt=2**32)
     tensorboard: bool = Field(False, description="event files in the run folder's tensorboard/")
     gradient_checkpointing: bool = False
@@ -369,6 +396,7 @@ _OUTPUT_KEYS: dict[str, set[str]] = {
         "wandb",
         "tensorboard",
         "eval",
+        "probes",
     },
     "dataset": {"rows"},
     "init": {"offload"},

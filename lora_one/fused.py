@@ -66,6 +66,29 @@ def fused_adapters(model: Any) -> Iterator[int]:
             del layer.forward
 
 
+@contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """Inside, fused layers and compiled blocks compute as PEFT and the model do, which hooks and a second
+    differentiation can follow.
+    """
+    fused = [
+        (layer, vars(layer)["forward"]) for layer in lora_layers(model).values() if "forward" in vars(layer)
+    ]
+    blocks = [module for module in model.modules() if getattr(module, "_compiled_call_impl", None)]
+    compiled = [(block, block._compiled_call_impl) for block in blocks]
+    try:
+        for layer, _ in fused:
+            del layer.forward
+        for block, _ in compiled:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        for layer, forward in fused:
+            layer.forward = forward
+        for block, call in compiled:
+            block._compiled_call_impl = call
+
+
 def _can_be_fused(layer: Any) -> bool:
     base = layer.get_base_layer()
     if type(layer) is not LoraLinear or type(base) is not nn.Linear or layer.active_adapters != [ADAPTER]:

@@ -17,6 +17,8 @@ from lora_one.errors import UserError, nearest
 _ALIASES = {"dataset_name": "dataset"}
 _CHOICE_ALIASES = {("dataset", "commonsense"): "commonsense_reasoning"}
 _KEY_ALIASES = {"init.weight": "init.scale"}
+# Groups of which several choices go together.
+_LIST_GROUPS = {"probes"}
 # Texts in which signs of Hydra's grammar, and spaces at the ends, mean themselves.
 _TEXT_KEYS = {"dataset.prompt", "dataset.target"}
 _OVERRIDE = re.compile(r"^(?P<plus>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)$", re.DOTALL)
@@ -81,12 +83,16 @@ def _choices(group: str, value: str, conf_dir: Path) -> str:
         return value
     folder = conf_dir / group
     valid = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    names = [_CHOICE_ALIASES.get((group, name), name) for name in value.strip("'\"").split(",")]
+    # Hydra composes a list of choices into one node.
+    is_list = value.startswith("[") and value.endswith("]") and group in _LIST_GROUPS
+    value = value.strip("[]") if is_list else value
+    asked = [name.strip() for name in value.strip("'\"").split(",")]
+    names = [_CHOICE_ALIASES.get((group, name), name) for name in asked]
     for name in names:
         if name not in valid:
             shown = ", ".join(_beside(name, valid))
             raise UserError(f"{group}={name}: no such choice{nearest(name, valid)}; valid: {shown}")
-    return ",".join(names)
+    return f"[{','.join(names)}]" if is_list else ",".join(names)
 
 
 def _beside(name: str, valid: list[str]) -> list[str]:

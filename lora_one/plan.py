@@ -188,6 +188,7 @@ def _outputs(config: ExperimentConfig) -> str:
     outputs += [f"{name}.jsonl" for name in config.eval.tasks]
     if config.peft.use_peft and not config.init.is_plain_lora:
         outputs.append("init.safetensors")
+    outputs += ["probes.jsonl", "probes.png"] * config.probes.is_on + ["snapshots/"] * config.probes.snapshots
     if config.wandb.mode != "disabled":
         outputs.append("wandb/")
     if config.peft.use_peft:

@@ -96,6 +96,7 @@ def train(
     folder: Path,
     tracker: Tracker,
     exact_match: Callable[[Any], float] | None = None,
+    probes: TrainerCallback | None = None,
 ) -> TrainResult:
     """Trains ``model``'s trainable parameters in place, resuming from the folder's last checkpoint.
 
@@ -109,6 +110,7 @@ def train(
         folder: The run's folder; gets ``checkpoints/`` and ``metrics.jsonl``.
         tracker: Receives the logged points.
         exact_match: Measured with every validation loss, where given.
+        probes: Looks at the model on the way.
 
     Raises:
         UserError: If a loss is not finite, only damaged checkpoints are left, or the model is sharded.
@@ -138,6 +140,8 @@ def train(
         seconds_before = metrics.kept_seconds
         tracker.go_on_after(resumed_from)
         callbacks.append(Log(metrics, tracker, config.model.logging_steps))
+    if probes is not None:
+        callbacks.append(probes)
     trainer = _WindowTrainer(
         model=model,
         args=_arguments(config, plan, folder),

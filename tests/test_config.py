@@ -25,7 +25,7 @@ def parse(*arguments: str) -> ExperimentConfig:
 
 
 def test_number_of_config_files():
-    assert len(FILES) == 161
+    assert len(FILES) == 168
 
 
 @pytest.mark.parametrize("file", HERE, ids=str)
@@ -154,6 +154,9 @@ def test_a_dataset_names_its_published_model(dataset, model):
         ),
         (["model.type=causal"], "model.type='causal': input should be 'CausalLM' or 'ConditionalGeneration'"),
         (["model=t5base", "peft=qv_w_emb"], "peft.train_embeddings=true: .*model.type=ConditionalGeneration"),
+        (["probes=al"], "probes=al: no such choice .did you mean 'all'"),
+        (["probes=[update,al]"], "probes=al: no such choice .did you mean 'all'"),
+        (["probes.every=5"], "probes.every: has no effect here; .*probes=all"),
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     ],
 )
@@ -178,6 +181,7 @@ def test_full_fine_tuning_ignores_the_default_init():
         "dry_run=true",
         "results_dir=y",
         "tensorboard=true",
+        "probes=all",
     ],
 )
 def test_outputs_do_not_change_the_run(override):
@@ -197,6 +201,12 @@ def test_outputs_do_not_change_the_run(override):
 )
 def test_what_changes_the_weights_changes_the_run(override):
     assert run_id(parse(override)) != run_id(parse())
+
+
+def test_several_probes_go_together():
+    assert parse("probes=[update, spectrum]", "probes.every=5").probes.names == ["update", "spectrum"]
+    assert parse("probes=all").probes.names == ["update", "subspaces", "spectrum", "variance", "curvature"]
+    assert not parse().probes.is_on
 
 
 def test_identity_ignores_values_equal_to_their_default():
