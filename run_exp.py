@@ -37,6 +37,7 @@ from eval.tasks import GRADERS, check_benchmarks, check_examples, find_task
 from lora_one import portable, sweeps, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
+from lora_one.comparison import sweeper as comparison
 from lora_one.complaints import complain, explain
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.custom import spec_of
@@ -539,7 +540,8 @@ def launch_jobs() -> int:
         sys.argv[1:], notes = normalise_overrides(sys.argv[1:], CONF_DIR)
         for note in notes if os.environ.get("RANK", "0") == "0" else []:
             print(f"note: {note}", file=sys.stderr)
-        sys.argv[1:] = sweeps.prepare_engines(sys.argv[1:])
+        sys.argv[1:] = sweeps.prepare_engines(sys.argv[1:], CONF_DIR)
+        comparison.register()
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
         with heeding_signals(pass_on=lambda: sweeps.journal().pass_on()):
             launch(job)()
