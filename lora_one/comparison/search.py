@@ -172,7 +172,7 @@ def plan(space: Space, losses: Mapping[Point, float]) -> Plan:
     found, asks = along_rates(space.first_gamma, range(len(space.rates.values)))
     if asks or found.best is None:
         return Plan(asks)
-    remarks = _at_bound("rate", found, space.rates)
+    remarks: tuple[str, ...] = ()
     if (gammas := space.gammas) is not None:
         rate = space.rates.value(found.best)
         by_gamma = walk(
@@ -183,15 +183,15 @@ def plan(space: Space, losses: Mapping[Point, float]) -> Plan:
         if by_gamma.asks:
             return Plan(tuple(Point(rate, gammas.value(number)) for number in by_gamma.asks))
         assert by_gamma.best is not None  # the default γ has a loss
-        remarks += _at_bound("γ", by_gamma, gammas)
+        remarks = _at_bound("γ", by_gamma, gammas)
         near = range(found.best - 1, found.best + 2)
         found, asks = along_rates(gammas.value(by_gamma.best), near)
         if asks:
             return Plan(asks)
-        remarks += _at_bound("rate", found, space.rates)
+    remarks += _at_bound("rate", found, space.rates)
     finite = {point: loss for point, loss in losses.items() if math.isfinite(loss)}
     best = min(finite, key=lambda point: (finite[point], point.rate))
-    return Plan(best=best, remarks=tuple(dict.fromkeys(remarks)))
+    return Plan(best=best, remarks=remarks)
 
 
 def _at_bound(name: str, found: Walk, line: Line) -> tuple[str, ...]:

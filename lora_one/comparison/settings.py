@@ -30,7 +30,7 @@ class Settings(Section):
     widest: int = Field(8, ge=0)
     gamma_factor: float = Field(4.0, gt=1)
     tune_gamma: bool = True
-    eval_points: int | None = Field(25, ge=2)
+    eval_points: int | None = Field(20, ge=2)
     methods: dict[str, list[str]]
     centres: dict[str, Rate] = {}
     rates: dict[str, list[Rate]] = {}
