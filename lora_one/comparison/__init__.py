@@ -1,5 +1,6 @@
 """A fair comparison of methods: each at its own learning rate, over seeds, with what that rate cost.
 
-``search.py`` decides which rates are tried, ``settings.py`` reads what is asked for, ``sweeper.py`` hands the
-runs to Hydra's launchers, ``results.py`` reads their records, ``statistics.py`` and ``report.py`` say what came of it.
+``settings.py`` reads what is asked for, ``search.py`` decides which rates are tried, ``runs.py`` knows the
+runs, ``sweeper.py`` hands them to Hydra's launchers; ``results.py`` reads their records, ``analysis.py`` and
+``statistics.py`` count, ``verdict.py``, ``report.py`` and ``figures.py`` say what came of it.
 """

@@ -137,6 +137,18 @@ class Comparison:
         names = [name for method in self.methods for run in method.finals.values() for name in run.scores]
         return list(dict.fromkeys(names))
 
+    def title(self, figure: str) -> str:
+        """How a figure is called: a score with its metric."""
+        runs = (run for method in self.methods for run in method.finals.values() if figure in run.scores)
+        run = next(runs, None)
+        metric = "" if run is None else str(run.scores[figure].get("metric", "")).replace("_", " ")
+        return f"{figure} {metric}".strip()
+
+    def is_share(self, score: str) -> bool:
+        """Whether a score is a share of rights."""
+        runs = (run for method in self.methods for run in method.finals.values() if score in run.scores)
+        return bool(next(runs).scores[score].get("is_share", True))
+
 
 def collect(
     settings: Settings, tuned: Mapping[str, Tuned], finals: Mapping[str, Sequence[Cell]]
@@ -149,8 +161,8 @@ def collect(
         finals: The reported runs, by method.
     """
     methods = [_method(settings, name, found, finals.get(name, ())) for name, found in tuned.items()]
-    record = next(r for cells in finals.values() for c in cells if (r := c.record()) is not None)
-    return Comparison(settings, methods, _setup(record))
+    records = [r for cells in finals.values() for c in cells if (r := c.record()) is not None]
+    return Comparison(settings, methods, _setup(records))
 
 
 def _method(settings: Settings, name: str, found: Tuned, cells: Sequence[Cell]) -> Method:
@@ -219,8 +231,10 @@ def _peak(stage: Mapping[str, float]) -> float:
     return stage.get("peak_gpu_bytes", stage["peak_resident_bytes"])
 
 
-def _setup(record: Mapping[str, Any]) -> dict[str, Any]:
+def _setup(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    record = next((r for r in records if r["status"] == "finished"), records[0])
     config = record["config"]
+    commits = {str(r["code"].get("commit"))[:10] + "+" * bool(r["code"].get("dirty")) for r in records}
     return {
         "dataset": config["dataset"]["name"],
         "model": config["model"]["name"],
@@ -229,6 +243,6 @@ def _setup(record: Mapping[str, Any]) -> dict[str, Any]:
         "steps": record["training"].get("n_steps"),
         "rows": record["data"].get("rows", {}),
         "hardware": record["hardware"],
-        "code": record["code"],
+        "commits": sorted(commits),
         "packages": record["packages"],
     }

@@ -32,8 +32,8 @@ class Settings(Section):
     tune_gamma: bool = True
     eval_points: int | None = Field(20, ge=2)
     methods: dict[str, list[str]]
-    centres: dict[str, Rate] = {}
-    rates: dict[str, list[Rate]] = {}
+    centres: dict[str, Rate] = Field({})
+    rates: dict[str, list[Rate]] = Field({})
 
     @property
     def chosen(self) -> dict[str, list[str]]:
