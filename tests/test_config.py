@@ -23,7 +23,7 @@ def parse(*arguments: str) -> ExperimentConfig:
 
 
 def test_number_of_config_files():
-    assert len(FILES) == 70
+    assert len(FILES) == 72
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

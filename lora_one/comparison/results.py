@@ -151,7 +151,10 @@ class Comparison:
 
 
 def collect(
-    settings: Settings, tuned: Mapping[str, Tuned], finals: Mapping[str, Sequence[Cell]]
+    settings: Settings,
+    tuned: Mapping[str, Tuned],
+    finals: Mapping[str, Sequence[Cell]],
+    errors: Mapping[str, str],
 ) -> Comparison:
     """Reads the records.
 
@@ -159,25 +162,28 @@ def collect(
         settings: Of the comparison.
         tuned: The searches, by method.
         finals: The reported runs, by method.
+        errors: Run: what its job said, where that ended with an error.
     """
-    methods = [_method(settings, name, found, finals.get(name, ())) for name, found in tuned.items()]
+    methods = [_method(settings, name, found, finals.get(name, ()), errors) for name, found in tuned.items()]
     records = [r for cells in finals.values() for c in cells if (r := c.record()) is not None]
     return Comparison(settings, methods, _setup(records))
 
 
-def _method(settings: Settings, name: str, found: Tuned, cells: Sequence[Cell]) -> Method:
+def _method(
+    settings: Settings, name: str, found: Tuned, cells: Sequence[Cell], errors: Mapping[str, str]
+) -> Method:
     trials = [
         Trial(point.rate, point.gamma, sum(cell.loss for cell in tried) / len(tried))
         for point, tried in found.tried.items()
     ]
     failed = [
-        f"tuning, {point}, seed {cell.seed} {cell.trouble}"
+        f"tuning, {point}, seed {cell.seed} {cell.trouble(errors)}"
         for point, tried in found.tried.items()
         for cell in tried
         if math.isnan(cell.loss)
     ]
     done = {cell.seed: run for cell in cells if (run := _final(cell)) is not None}
-    missing = [f"seed {cell.seed} {cell.trouble}" for cell in cells if cell.seed not in done]
+    missing = [f"seed {cell.seed} {cell.trouble(errors)}" for cell in cells if cell.seed not in done]
     if found.best is None:
         missing = ["no setting of its search came to a validation loss"]
     return Method(

@@ -1,7 +1,7 @@
 """The runs of a comparison: their settings, and what their records say."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,15 @@ class Cell:
             return math.inf
         return record["metrics"]["validation_loss"] if record and record["status"] == "finished" else FAILED
 
-    @property
-    def trouble(self) -> str:
-        """What the record says of a run without a result."""
+    def trouble(self, errors: Mapping[str, str]) -> str:
+        """Why there is no result.
+
+        Args:
+            errors: Run: what its job said; one that was refused leaves no record.
+        """
         record = self.record()
         if record is None:
-            return "was not begun"
+            return f"is missing: {errors.get(run_id(self.config), 'it was not begun')}"
         return f"is {record['status']}" + (f": {record['error']}" if record.get("error") else "")
 
 

@@ -70,13 +70,13 @@ class Walk:
     edge: str | None = None
 
 
-def walk(losses: Callable[[int], float | None], first: Sequence[int], widest: int) -> Walk:
+def walk(losses: Callable[[int], float | None], first: Sequence[int], bounds: range) -> Walk:
     """Tries the first numbers, then goes on beyond an end as long as the best lies there.
 
     Args:
         losses: The loss of a number: infinite where it diverged, NaN where it failed, None where unknown.
         first: Numbers without gaps, rising.
-        widest: So many further numbers at most at each end.
+        bounds: Numbers that may be tried.
 
     Returns:
         What to try, or what was found.
@@ -91,9 +91,9 @@ def walk(losses: Callable[[int], float | None], first: Sequence[int], widest: in
         if none_finite and not any(math.isinf(loss) for loss in known.values()):
             return Walk()  # nothing but failures: other rates would fail too
         if best == low or none_finite:  # what diverges everywhere wants a lower rate
-            step, is_last, edge = -1, low <= first[0] - widest, "lowest"
+            step, is_last, edge = -1, low <= bounds[0], "lowest"
         elif best == high:
-            step, is_last, edge = 1, high >= first[-1] + widest, "highest"
+            step, is_last, edge = 1, high >= bounds[-1], "highest"
         else:
             return Walk(best=best)
         if is_last:
@@ -135,6 +135,10 @@ class Space:
         """γ while the first rate is looked for."""
         return None if self.gammas is None else self.gammas.value(self.gamma_start)
 
+    def bounds(self, line: Line) -> range:
+        """The numbers of a line's values that may be tried."""
+        return range(-self.widest, len(line.values) + self.widest)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -166,7 +170,7 @@ def plan(space: Space, losses: Mapping[Point, float]) -> Plan:
         def at(number: int) -> Point:
             return Point(space.rates.value(number), gamma)
 
-        found = walk(lambda number: losses.get(at(number)), first, space.widest)
+        found = walk(lambda number: losses.get(at(number)), first, space.bounds(space.rates))
         return found, tuple(at(number) for number in found.asks)
 
     found, asks = along_rates(space.first_gamma, range(len(space.rates.values)))
@@ -178,13 +182,14 @@ def plan(space: Space, losses: Mapping[Point, float]) -> Plan:
         by_gamma = walk(
             lambda number: losses.get(Point(rate, gammas.value(number))),
             range(len(gammas.values)),
-            space.widest,
+            space.bounds(gammas),
         )
         if by_gamma.asks:
             return Plan(tuple(Point(rate, gammas.value(number)) for number in by_gamma.asks))
         assert by_gamma.best is not None  # the default γ has a loss
         remarks = _at_bound("γ", by_gamma, gammas)
-        near = range(found.best - 1, found.best + 2)
+        bounds = space.bounds(space.rates)
+        near = range(max(bounds[0], found.best - 1), min(bounds[-1], found.best + 1) + 1)
         found, asks = along_rates(gammas.value(by_gamma.best), near)
         if asks:
             return Plan(asks)

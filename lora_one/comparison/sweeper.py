@@ -35,7 +35,7 @@ class FairSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Takes what Hydra has made."""
-        self.hydra_context, self.config = hydra_context, config
+        self._loader, self._master = hydra_context.config_loader, config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -60,7 +60,7 @@ class FairSweeper(Sweeper):
             for point in plan(space, {}).asks:
                 cells.tuning(name, point)
         folder = _folder(settings.name, next(iter(cells.examples.values())))
-        if self.config.dry_run:
+        if self._master.dry_run:
             print(_outlook(spaces, len(settings.seeds), folder))
             return
         sweeps.journal().takes_divergence = True
@@ -75,9 +75,9 @@ class FairSweeper(Sweeper):
         self._launch(finals, f"final runs over seeds {settings.seeds}")
         if self._stopping:
             return
-        comparison = collect(
-            settings, tuned, {name: cells.final(name, t.best) for name, t in tuned.items() if t.best}
-        )
+        reported = {name: cells.final(name, found.best) for name, found in tuned.items() if found.best}
+        errors = {o.run_id: o.error for o in sweeps.journal().collect() if o.run_id and o.error}
+        comparison = collect(settings, tuned, reported, errors)
         sweeps.journal().last_words = write_report(comparison, folder)
 
     @property
@@ -88,7 +88,7 @@ class FairSweeper(Sweeper):
         methods = tree.get("methods")
         if not isinstance(methods, dict):
             return tree
-        (conf,) = [s.path for s in self.config.hydra.runtime.config_sources if s.provider == "main"]
+        (conf,) = [s.path for s in self._master.hydra.runtime.config_sources if s.provider == "main"]
         written = {
             name: normalise_overrides(list(overrides), Path(conf))[0]
             if isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)
@@ -108,7 +108,7 @@ class FairSweeper(Sweeper):
                 )
 
     def _compose(self, overrides: Sequence[str]) -> ExperimentConfig:
-        loaded = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        loaded = self._loader.load_sweep_config(self._master, list(overrides))
         with read_write(loaded), open_dict(loaded):
             del loaded["hydra"]
         return parse_config(loaded, named_keys(list(overrides)))

@@ -9,7 +9,7 @@ from lora_one.comparison.statistics import Summary
 def verdict(analysis: Analysis) -> list[str]:
     """Sentences: who is better than the baseline, worse, not to be told from it, and who is sooner."""
     # Scores before the loss that the settings were chosen by.
-    lines = [" ".join(_of_figure(analysis, figure)) for figure in reversed(analysis.figures)]
+    lines = [" ".join(_of_figure(analysis, figure)) for figure in reversed(list(analysis.figures))]
     if speed := _of_speed(analysis):
         lines.append(" ".join(speed))
     missing = [m.name for m in analysis.comparison.methods if m.missing]
