@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 import shutil
 
 import pytest
@@ -383,6 +385,24 @@ def test_a_dry_run_shows_the_methods_and_their_first_rates(cli, tmp_path):
     assert "LoRA-One: rates 0.0018, 0.0032, 0.0056, 0.01, 0.018, then γ 32, 128, 512" in lines
     assert "full-FT: rates 0.00056, 0.001, 0.0018, 0.0032, 0.0056" in lines
     assert not list(tmp_path.rglob("*.json"))
+
+
+def documented() -> list[list[str]]:
+    texts = [(ROOT / name).read_text() for name in ("docs/fair-comparison.md", "README.md")]
+    blocks = [block for text in texts for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.M)]
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [command for command in commands if "+experiment=fair_comparison" in command]
+
+
+@pytest.mark.parametrize("command", documented(), ids=" ".join)
+def test_commands_on_the_comparison(command, cli):
+    """As dry runs of two methods, without their launchers."""
+    assert command[:2] == ["python", "run_exp.py"]
+    here = [argument for argument in command[2:] if "hydra/launcher" not in argument]
+    only = [] if any("hydra.sweeper.only" in a for a in here) else ["hydra.sweeper.only=[LoRA,LoRA-GA]"]
+    done = cli(*here, *only, *[a for a in ["dry_run=true"] if a not in here])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("comparison: ")
 
 
 def test_the_methods_are_what_their_names_say():

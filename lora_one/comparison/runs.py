@@ -102,11 +102,11 @@ class Cells:
         self._shared: dict[str, list[str]] = {}
         self.examples: dict[str, ExperimentConfig] = {}
         for name, overrides in settings.chosen.items():
-            plain = [a for a in arguments if not a.lstrip("+").startswith(("peft.", "init.", "model.eval_"))]
+            plain = [a for a in arguments if not a.lstrip("+").startswith(("peft.", "init."))]
             kind = compose([*plain, *overrides])
             given = [a for a in arguments if _has_effect(a, kind)]
             self._shared[name] = given
-            self.examples[name] = compose([*given, *overrides])
+            self.examples[name] = kind if given == plain else compose([*given, *overrides])
 
     def tuning(self, method: str, point: Point) -> list[Cell]:
         """The runs that find out how good a setting is; they do not see the test split."""

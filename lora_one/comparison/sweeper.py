@@ -56,9 +56,8 @@ class FairSweeper(Sweeper):
         check_arguments(arguments, settings)
         cells = Cells(settings, arguments, self._compose)
         spaces = {name: settings.space(name, config) for name, config in cells.examples.items()}
-        for name, space in spaces.items():  # their first runs are checked before any begins
-            for point in plan(space, {}).asks:
-                cells.tuning(name, point)
+        for name, space in spaces.items():  # one run of each is checked before any begins
+            cells.tuning(name, plan(space, {}).asks[0])
         folder = _folder(settings.name, next(iter(cells.examples.values())))
         if self._master.dry_run:
             print(_outlook(spaces, len(settings.seeds), folder))
