@@ -8,6 +8,7 @@ from typing import Any
 from lora_one.comparison.runs import Cell
 from lora_one.comparison.search import Plan, Point
 from lora_one.comparison.settings import Settings
+from lora_one.errors import UserError
 from lora_one.tracking import read_metrics
 
 _STARTS = ("gradient", "init")  # the stages between the pretrained model and the first step
@@ -163,9 +164,14 @@ def collect(
         tuned: The searches, by method.
         finals: The reported runs, by method.
         errors: Run: what its job said, where that ended with an error.
+
+    Raises:
+        UserError: If no reported run left a record.
     """
     methods = [_method(settings, name, found, finals.get(name, ()), errors) for name, found in tuned.items()]
     records = [r for cells in finals.values() for c in cells if (r := c.record()) is not None]
+    if not records:
+        raise UserError("no final run left a record; the jobs' errors stand above")
     return Comparison(settings, methods, _setup(records))
 
 

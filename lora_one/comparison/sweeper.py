@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -16,7 +17,7 @@ from lora_one.comparison.report import write_report
 from lora_one.comparison.results import Tuned, collect
 from lora_one.comparison.runs import Cell, Cells
 from lora_one.comparison.search import Point, Space, plan
-from lora_one.comparison.settings import check_arguments, read_settings
+from lora_one.comparison.settings import Settings, check_arguments, read_settings
 from lora_one.complaints import complain
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.errors import UserError
@@ -49,35 +50,37 @@ class FairSweeper(Sweeper):
         Raises:
             UserError: For bad input, before any run begins; or if no method came to a result.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("experiment=fair_comparison: start it without accelerate launch or torchrun")
-        settings = read_settings(self._normalised(self.tree))
-        self._check_no_lists(arguments)
-        check_arguments(arguments, settings)
-        cells = Cells(settings, arguments, self._compose)
-        spaces = {name: settings.space(name, config) for name, config in cells.examples.items()}
-        for name, space in spaces.items():  # one run of each is checked before any begins
-            cells.tuning(name, plan(space, {}).asks[0])
+        settings, cells, spaces = self._check(arguments)
         folder = _folder(settings.name, next(iter(cells.examples.values())))
         if self._master.dry_run:
             print(_outlook(spaces, len(settings.seeds), folder))
             return
         sweeps.journal().takes_divergence = True
         tuned = self._tune(cells, spaces)
-        if tuned is None or self._stopping:
+        if tuned is None:
             return
-        finals = [
-            cell for name, found in tuned.items() if found.best for cell in cells.final(name, found.best)
-        ]
+        finals = {name: cells.final(name, found.best) for name, found in tuned.items() if found.best}
         if not finals:
             raise UserError("no method came to a validation loss; the jobs' errors stand above")
-        self._launch(finals, f"final runs over seeds {settings.seeds}")
-        if self._stopping:
-            return
-        reported = {name: cells.final(name, found.best) for name, found in tuned.items() if found.best}
-        errors = {o.run_id: o.error for o in sweeps.journal().collect() if o.run_id and o.error}
-        comparison = collect(settings, tuned, reported, errors)
-        sweeps.journal().last_words = write_report(comparison, folder)
+        batch = [cell for of_method in finals.values() for cell in of_method]
+        self._launch(batch, f"final runs over seeds {settings.seeds}")
+        if not self._stopping:
+            errors = {o.run_id: o.error for o in sweeps.journal().collect() if o.run_id and o.error}
+            comparison = collect(settings, tuned, finals, errors)
+            sweeps.journal().last_words = write_report(comparison, folder)
+
+    def _check(self, arguments: list[str]) -> tuple[Settings, Cells, dict[str, Space]]:
+        """Everything that can be known before a run begins; one run of each method is composed."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("experiment=fair_comparison: start it without accelerate launch or torchrun")
+        settings = read_settings(self._normalised(self.tree))
+        _check_no_lists(arguments)
+        check_arguments(arguments, settings)
+        cells = Cells(settings, arguments, self._compose)
+        spaces = {name: settings.space(name, config) for name, config in cells.examples.items()}
+        for name, space in spaces.items():
+            cells.tuning(name, plan(space, {}).asks[0])
+        return settings, cells, spaces
 
     @property
     def _stopping(self) -> bool:
@@ -95,16 +98,6 @@ class FairSweeper(Sweeper):
             for name, overrides in methods.items()
         }
         return tree | {"methods": written}
-
-    def _check_no_lists(self, arguments: Sequence[str]) -> None:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
-        for override in OverridesParser.create().parse_overrides(list(arguments)):
-            if override.is_sweep_override():
-                raise UserError(
-                    f"{override.input_line}: a comparison makes its own lists; give one value, or "
-                    "start it once for each"
-                )
 
     def _compose(self, overrides: Sequence[str]) -> ExperimentConfig:
         loaded = self._loader.load_sweep_config(self._master, list(overrides))
@@ -154,6 +147,15 @@ def register() -> None:
     """Lets Hydra find the sweeper; it takes plugins by names below ``hydra_plugins`` only."""
     Plugins.instance().register(FairSweeper)
     Plugins.instance().class_name_to_class[PLUGIN] = FairSweeper
+
+
+def _check_no_lists(arguments: Sequence[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line}: a comparison makes its own lists; give one value, or start it once "
+                "for each"
+            )
 
 
 def _losses(tried: Mapping[Point, Sequence[Cell]]) -> dict[Point, float]:
