@@ -37,6 +37,7 @@ from eval.tasks import GRADERS, check_benchmarks, check_examples, find_task
 from lora_one import portable, sweeps, training
 from lora_one.adapters import check_adapter
 from lora_one.cards import model_card
+from lora_one.comparison import sweeper as comparison
 from lora_one.complaints import complain, explain
 from lora_one.config import ExperimentConfig, parse_config
 from lora_one.data.custom import spec_of
@@ -51,6 +52,7 @@ from lora_one.hub import push_folder
 from lora_one.initialise import probe_logits, start_adapters
 from lora_one.inits import AdapterInit
 from lora_one.interruption import UNFINISHED, Unfinished, heeding_signals
+from lora_one.memo import Memo
 from lora_one.models import LoadedModel, adapter_ranks, check_model_type, load_model, load_tokenizer
 from lora_one.overrides import named_keys, normalise_overrides
 from lora_one.plan import describe_plan
@@ -66,6 +68,7 @@ from lora_one.sample import gradient_batches, sample_indices
 from lora_one.tracking import Tracker, check_tensorboard
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
+_data = Memo()
 FAILED, BAD_INPUT, BUSY, INTERRUPTED = 1, 2, 76, 130
 
 
@@ -105,7 +108,9 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         if config.peft.use_peft and config.init.adapter is not None:
             check_adapter(config.init.adapter)
         tokenizer = load_tokenizer(config.model)
-        data = prepare_data(config, tokenizer, writes=run.processes.is_main)
+        data = _data.get(
+            data_key(config), lambda: prepare_data(config, tokenizer, writes=run.processes.is_main)
+        )
         run.note_source("data", data.summary())
         check_asked_of_data(config, data)
     for remark in data.remarks() + training.remarks(len(data.train.examples), config):
@@ -116,6 +121,17 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
         loaded = load_model(config, tokenizer, run.processes.device)
         run.note_source("model", loaded.summary())
     return data, loaded
+
+
+def data_key(config: ExperimentConfig) -> object:
+    """What the encoded data depends on within one sweep; None outside of one."""
+    sweep = sweeps.journal().folder
+    if sweep is None:
+        return None
+    model = config.model
+    tokenizer = (model.name, model.type, model.revision, model.trust_remote_code)
+    lengths = (model.max_length, config.gradient_max_length)
+    return (sweep, config.dataset, tokenizer, lengths, config.token_cache_dir)
 
 
 def check_asked_of_data(config: ExperimentConfig, data: Data) -> None:
@@ -564,7 +580,8 @@ def launch_jobs() -> int:
         sys.argv[1:], notes = normalise_overrides(sys.argv[1:], CONF_DIR)
         for note in notes if os.environ.get("RANK", "0") == "0" else []:
             print(f"note: {note}", file=sys.stderr)
-        sys.argv[1:] = sweeps.prepare_engines(sys.argv[1:])
+        sys.argv[1:] = sweeps.prepare_engines(sys.argv[1:], CONF_DIR)
+        comparison.register()
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
         with heeding_signals(pass_on=lambda: sweeps.journal().pass_on()):
             launch(job)()

@@ -88,6 +88,8 @@ def check_combinations(config: ExperimentConfig, named: frozenset[str] | set[str
             f"model.warmup_steps: model.warmup_ratio={config.model.warmup_ratio:g} sets the warm-up; "
             "add model.warmup_ratio=null"
         )
+    if {"model.eval_epochs", "model.eval_points"} <= set(named) and config.model.eval_points is not None:
+        raise UserError("model.eval_epochs, model.eval_points: two rhythms of one measurement; leave one out")
     if config.model.max_tokens_per_device and config.model.per_device_batch_size:
         raise UserError(
             "model.max_tokens_per_device, model.per_device_batch_size: two sizes of a micro-batch; "

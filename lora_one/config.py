@@ -110,6 +110,9 @@ class ModelConfig(Section):
         None, gt=0, description="damping of the preconditioners; null: 1e-6, with lora_pro 1e-8"
     )
     eval_epochs: float = Field(1.0, gt=0, description="epochs between two validation losses")
+    eval_points: int | None = Field(
+        None, ge=1, description="so many validation losses evenly over the training, instead of eval_epochs"
+    )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,

@@ -21,6 +21,8 @@ _KEY_ALIASES = {"init.weight": "init.scale"}
 _LIST_GROUPS = {"probes"}
 # Texts in which signs of Hydra's grammar, and spaces at the ends, mean themselves.
 _TEXT_KEYS = {"dataset.prompt", "dataset.target"}
+# Tables of a sweeper that take new names.
+_OPEN_TABLES = re.compile(r"^hydra\.sweeper\.(methods|centres|rates)\b")
 _OVERRIDE = re.compile(r"^(?P<plus>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)$", re.DOTALL)
 
 
@@ -51,9 +53,12 @@ def normalise_overrides(arguments: list[str], conf_dir: Path) -> tuple[list[str]
             raise UserError(
                 f"{argument}: Hydra's own settings stay; change one of them, such as hydra.verbose"
             )
-        if match is None or match["key"].startswith("hydra"):
-            # Hydra's parser wants flags first; a bare word is a flag's value.
-            (flags if match is None else rewritten).append(argument)
+        if match is None:
+            flags.append(argument)  # Hydra's parser wants flags first; a bare word is a flag's value
+            continue
+        if match["key"].startswith("hydra"):
+            is_open = _OPEN_TABLES.match(match["key"]) is not None
+            rewritten.append(f"++{match['key']}={match['value']}" if is_open else argument)
             continue
         key, value = _ALIASES.get(match["key"], match["key"]), match["value"]
         if key in _KEY_ALIASES:

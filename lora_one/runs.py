@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lora_one.config import ExperimentConfig
-from lora_one.errors import PrunedError, RunError, UserError
+from lora_one.errors import DivergedError, PrunedError, RunError, UserError
 from lora_one.files import write_text
 from lora_one.interruption import Unfinished
 from lora_one.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -192,6 +192,8 @@ class Run:
 
     def _end_early(self, error: BaseException) -> None:
         was_asked = isinstance(error, Unfinished | KeyboardInterrupt)
+        if isinstance(error, DivergedError):
+            self.record.training["diverged"] = True  # so that a comparison need not read the message
         text = error.reason if isinstance(error, Unfinished) else str(error) or type(error).__name__
         try:
             finish(self.record, self.folder, "unfinished" if was_asked else "failed", text)

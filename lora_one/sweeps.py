@@ -7,6 +7,7 @@ started reads them.
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -123,6 +124,8 @@ class Journal(Callback):
         self.launcher = "basic"
         self.home, self.command = _this_process(), list(sys.argv)
         self.is_dry_run = False
+        self.last_words = ""  # printed after the table
+        self.takes_divergence = False  # a run that diverges is a result of the sweep, no failure
         self.outcomes: list[Outcome] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -191,8 +194,16 @@ class Journal(Callback):
 
     def close(self) -> list[Outcome]:
         """Prints the table of a sweep and keeps it beside the outcomes, which it returns."""
+        outcomes = self._close()
+        if self.last_words:
+            print(self.last_words, flush=True)
+        return outcomes
+
+    def _close(self) -> list[Outcome]:
         outcomes = self.collect()
         for outcome in outcomes:
+            if self.takes_divergence and outcome.state == "failed" and outcome.objective == math.inf:
+                outcome.state, outcome.exit_code = "diverged", 0
             if outcome.state == "running" and _is_gone(outcome.process):
                 outcome.state = "died"
                 outcome.error = outcome.error or "its process is gone; the same command goes on"
@@ -237,11 +248,12 @@ def sweep_table(outcomes: Sequence[Outcome]) -> str:
     return table + where
 
 
-def prepare_engines(arguments: Sequence[str]) -> list[str]:
+def prepare_engines(arguments: Sequence[str], conf_dir: Path | None = None) -> list[str]:
     """Looks at the launcher and the sweeper that are asked for, before Hydra does.
 
     Args:
         arguments: Flags, then overrides.
+        conf_dir: The configuration folder: an experiment in it may be a sweep of itself.
 
     Returns:
         The arguments with our defaults before the overrides, which win.
@@ -250,7 +262,9 @@ def prepare_engines(arguments: Sequence[str]) -> list[str]:
         UserError: If one is not installed, or cannot be used here.
     """
     defaults: list[str] = []
-    is_sweep = any(flag in ("-m", "--multirun", "hydra.mode=MULTIRUN") for flag in arguments)
+    is_sweep = any(flag in ("-m", "--multirun", "hydra.mode=MULTIRUN") for flag in arguments) or (
+        conf_dir is not None and any(_sweeps_by_itself(argument, conf_dir) for argument in arguments)
+    )
     for argument in arguments:
         group, _, choice = argument.lstrip("+").partition("=")
         if group not in ("hydra/launcher", "hydra/sweeper") or choice == "basic":
@@ -275,6 +289,14 @@ def prepare_engines(arguments: Sequence[str]) -> list[str]:
                 defaults.append("hydra.sweeper.sampler.seed=0")  # a repeated sweep asks the same again
     n_flags = next((i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
     return [*arguments[:n_flags], *defaults, *arguments[n_flags:]]
+
+
+def _sweeps_by_itself(argument: str, conf_dir: Path) -> bool:
+    group, _, choice = argument.lstrip("+").partition("=")
+    path = conf_dir / "experiment" / f"{choice}.yaml"
+    if group != "experiment" or not path.is_file():
+        return False
+    return bool(OmegaConf.select(OmegaConf.load(path), "hydra.mode") == "MULTIRUN")
 
 
 def _check_search(argument: str, arguments: Sequence[str]) -> None:

@@ -39,6 +39,12 @@ class TrainPlan:
     steps_per_epoch: int
     n_steps: int
 
+    def eval_steps(self, config: ModelConfig) -> int:
+        """Steps between two validation losses."""
+        if config.eval_points is not None:
+            return max(1, self.n_steps // config.eval_points)
+        return max(1, round(config.eval_epochs * self.steps_per_epoch))
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -356,7 +362,7 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=max(1, round(model.eval_epochs * plan.steps_per_epoch)),
+        eval_steps=plan.eval_steps(model),
         # AdaLoRA's importance scores live outside the model: such a run starts over when interrupted.
         save_strategy="no" if config.peft.adalora else "steps",
         save_steps=model.save_steps,
