@@ -45,8 +45,8 @@ def test_a_log_grid_has_the_usual_numbers_and_goes_on_beyond_its_ends():
 
 
 def test_given_values_stay_as_they_are():
-    line = Line((1e-3, 1.7e-3), 10.0)
-    assert [line.value(i) for i in (0, 1, 2)] == [1e-3, 1.7e-3, pytest.approx(1.7e-2)]
+    line = Line((1e-3, 1.725e-3), 10**0.5, digits=2, given=True)
+    assert [line.value(i) for i in (-1, 0, 1, 2)] == [3.2e-4, 1e-3, 1.725e-3, 5.5e-3]
 
 
 def walked(loss, first, widest=8):

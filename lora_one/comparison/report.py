@@ -171,12 +171,16 @@ def _cost_table(comparison: Comparison) -> str:
                 method.name,
                 f"{runs[0].trainable:,}",
                 f"{fmean(run.init_seconds for run in runs):.1f}",
-                f"{fmean(run.init_bytes for run in runs) / 1e9:.2f}",
+                _gigabytes([run.init_bytes for run in runs]),
                 f"{fmean(run.train_seconds for run in runs):.1f}",
-                f"{fmean(run.train_bytes for run in runs) / 1e9:.2f}",
+                _gigabytes([run.train_bytes for run in runs]),
             ]
         )
     return markdown_table(rows)
+
+
+def _gigabytes(peaks: Sequence[float]) -> str:
+    return f"{fmean(peaks) / 1e9:.2f}" if any(peaks) else "-"
 
 
 def _tuning(comparison: Comparison) -> str:

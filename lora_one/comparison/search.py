@@ -35,17 +35,21 @@ class Line:
         values: The first ones, rising.
         factor: Between two values beyond the ends.
         digits: Significant ones of what ``value`` returns; None: all.
+        given: Whether the first ones are a person's, and stay as they are.
     """
 
     values: tuple[float, ...]
     factor: float
     digits: int | None = None
+    given: bool = False
 
     def value(self, number: int) -> float:
         """That of a number, which may be negative."""
         inside = min(max(number, 0), len(self.values) - 1)
         exact = self.values[inside] * self.factor ** (number - inside)
-        return exact if self.digits is None else float(f"{exact:.{self.digits - 1}e}")
+        if self.digits is None or (self.given and inside == number):
+            return exact
+        return float(f"{exact:.{self.digits - 1}e}")
 
 
 def log_grid(centre: float, n: int, per_decade: int) -> Line:

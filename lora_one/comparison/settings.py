@@ -48,7 +48,8 @@ class Settings(Section):
             config: One of its runs, as it would be without a search.
         """
         if name in self.rates:
-            rates = Line(tuple(sorted(self.rates[name])), 10 ** (1 / self.per_decade))
+            given = tuple(sorted(self.rates[name]))
+            rates = Line(given, 10 ** (1 / self.per_decade), digits=2, given=True)
         else:
             centre = config.model.learning_rate * self.centres.get(name, 1.0)
             rates = log_grid(centre, self.points, self.per_decade)
