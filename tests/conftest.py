@@ -123,7 +123,7 @@ def run_script(script: str | Path, *arguments: str, timeout: float = 300) -> sub
     """A program of the repository in a process of its own, which need not import the libraries again."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "out", Path(folder) / "err"]
-        worker = FORKS.Process(target=_as_script, args=(ROOT / script, arguments, files), daemon=True)
+        worker = FORKS.Process(target=_as_script, args=(ROOT / script, arguments, files))
         worker.start()
         worker.join(timeout)
         ended = worker.exitcode

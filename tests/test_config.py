@@ -134,7 +134,7 @@ def test_a_dataset_names_its_published_model(dataset, model):
             ["experiment=code/lora_pro"],
             "no such choice .*; valid: code/base, code/lora, code/lora_ga, code/lora_one$",
         ),
-        (["experiment=maths/lora"], "did you mean 'math/lora'.*; valid: tiny_full_ft"),
+        (["experiment=maths/lora"], "did you mean 'math/lora'.*; valid: .*tiny_full_ft"),
         (["peft=full_ft", "init=gradient"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "init=gaussian"], "init: full fine-tuning has no adapter"),
         (["peft=full_ft", "++init.direction=LoRA-One"], "init.direction: full fine-tuning has no adapter"),
