@@ -489,17 +489,16 @@ def test_runs_that_diverge_or_fail_do_not_stop_a_comparison(cli, tmp_path):
     done = cli(
         *("+experiment=fair_comparison", "debug=short", "eval.task=null", "hydra.sweeper.seeds=[0,1]"),
         "hydra.sweeper.methods.large=['init=default','peft.lora_r=500']",
-        "hydra.sweeper.methods.B=['init=default','peft.use_rslora=true']",
-        "hydra.sweeper.only=[LoRA,large,B]",
-        "hydra.sweeper.rates={LoRA:[1e-3,1e38],large:[1e-3],B:[1e-3]}",
+        "hydra.sweeper.only=[LoRA,large]",
+        "hydra.sweeper.rates={LoRA:[1e-3,1e38],large:[1e-3]}",
         *("hydra.sweeper.widest=0", "hydra.sweeper.tune_gamma=false", "hydra.sweeper.name=mine"),
     )
     assert done.returncode == 2
-    assert "error: 1 of 8 jobs failed" in done.stderr
+    assert "error: 1 of 5 jobs failed" in done.stderr
     report = json.loads((tmp_path / "results/comparisons/mine/report.json").read_text())
-    lora, large, b = report["methods"]
+    lora, large = report["methods"]
     assert [trial["loss"] for trial in lora["trials"]][1] == "diverged"
-    assert [run["seed"] for run in lora["finals"]] == [run["seed"] for run in b["finals"]] == [0, 1]
+    assert [run["seed"] for run in lora["finals"]] == [0, 1]
     assert large["best"] is None
     assert "peft.lora_r=500: is 500, but" in large["missing"][0]
     assert report["verdict"][-1].startswith("Runs are missing of large")
@@ -544,7 +543,6 @@ def test_a_sweep_reads_its_data_once_and_trains_the_same(cli, tmp_path, monkeypa
     short = ("debug=short", "eval.task=null", "init=default")
     assert cli("-m", *short, "seed=0,1", f"results_dir={tmp_path}/sweep").returncode == 0
     assert len(calls) == 1
-    assert cli(*short, "seed=1", f"results_dir={tmp_path}/alone").returncode == 0
     assert cli(*short, "seed=1", f"results_dir={tmp_path}/alone").returncode == 0
     assert len(calls) == 2
     (alone,) = tmp_path.glob("alone/*/adapter/adapter_model.safetensors")
