@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, load_script, run_program, run_script
 
+from lora_one.errors import UserError
 from lora_one.models import EMBEDDED_MODEL
 
 
@@ -110,3 +111,29 @@ def test_scaling_names_a_model_that_is_not_there():
     done = run_script("scripts/bench_scaling.py", "--model", "/none")
     assert done.returncode == 1
     assert "error: model.name=/none: no such folder" in done.stderr
+
+
+def test_ways_of_a_sweep_are_compared_round_by_round(tmp_path):
+    bench = load_script("bench_sweep")
+    made = []
+
+    def way(seconds):
+        def run(results, given):
+            made.append((seconds, given))
+            (results / "gradients").mkdir(parents=True)
+            (results / "gradients" / "a.safetensors").touch()
+            for n in range(8):
+                folder = results / str(n)
+                folder.mkdir()
+                (folder / "record.json").write_text('{"status": "finished"}')
+
+        return run
+
+    taken = bench.measure({"loop": way(1), "array": way(2)}, 2, ["seed=3"])
+    assert [which for which, _ in made] == [1, 2, 2, 1]  # each round begins with another
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"loop": 2, "array": 2}
+    rows = rows_of(bench.table({"loop": [8.0, 12.0], "array": [4.0, 3.0]}))
+    assert rows[-1] == ["array", "3.5", "3.00"]
+    (tmp_path / "gradients").mkdir()
+    with pytest.raises(UserError, match="0 of 8 runs are finished, 0 gradients"):
+        bench.check_runs(tmp_path)
