@@ -107,8 +107,8 @@ def start(model: Any, method: Method, rank: int, batch: Batch) -> Any:
     """A copy of the model with its adapters."""
     own = copy.deepcopy(model)
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(own)})
-    settings = {"r": rank, "lora_alpha": 16, "use_rslora": True, "target_modules": names}
-    config = LoraConfig(**copy.deepcopy(settings | method.settings))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 16, "use_rslora": True, "target_modules": names}
+    config = LoraConfig(**copy.deepcopy(settings | method.settings))
     if method.settings:
         preprocess_loraga(own, config, lambda: weighted_loss(own, batch).backward())
     torch.manual_seed(0)

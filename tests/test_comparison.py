@@ -24,13 +24,13 @@ from lora_one.comparison.statistics import (
     geometric,
     holm,
     mean_curve,
-    summarise,
 )
 from lora_one.comparison.verdict import verdict
 from lora_one.config import ModelConfig
 from lora_one.errors import UserError
 from lora_one.memo import Memo
 from lora_one.overrides import normalise_overrides
+from lora_one.summaries import summarise
 from lora_one.sweeps import prepare_engines
 from lora_one.training import TrainPlan
 

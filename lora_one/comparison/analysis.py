@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from lora_one.comparison.results import Comparison, Final, Method
 from lora_one.comparison.statistics import (
     Paired,
-    Summary,
     compare,
     first_at_or_below,
     geometric,
     holm,
     mean_curve,
-    summarise,
 )
+from lora_one.summaries import Summary, summarise
 
 LOSS = "validation loss"
 LEVEL = 0.05

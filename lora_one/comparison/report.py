@@ -11,9 +11,9 @@ from typing import Any
 from lora_one.comparison.analysis import Analysis, analyse
 from lora_one.comparison.figures import draw
 from lora_one.comparison.results import Comparison, Method, Trial
-from lora_one.comparison.statistics import Summary
 from lora_one.comparison.verdict import p_text, ratio_text, text_of, verdict
 from lora_one.files import write_text
+from lora_one.summaries import Summary
 from lora_one.tables import markdown_table
 
 _SPLITS = {"train": "train on", "validation": "validate", "test": "test"}

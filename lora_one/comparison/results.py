@@ -9,6 +9,7 @@ from lora_one.comparison.runs import Cell
 from lora_one.comparison.search import Plan, Point
 from lora_one.comparison.settings import Settings
 from lora_one.errors import UserError
+from lora_one.reports.reading import init_seconds
 from lora_one.tracking import read_metrics
 
 _STARTS = ("gradient", "init")  # the stages between the pretrained model and the first step
@@ -228,15 +229,6 @@ def _final(cell: Cell) -> Final | None:
         n_steps=training["n_steps"],
         threads=record["hardware"]["threads"],
     )
-
-
-def init_seconds(record: Mapping[str, Any]) -> float:
-    """Seconds from the pretrained model to the first step; a gradient from the cache at its first cost."""
-    seconds = {name: record["stages"].get(name, {"seconds": 0.0})["seconds"] for name in _STARTS}
-    gradient = record.get("gradient") or {}
-    if gradient.get("cache_file"):
-        seconds["gradient"] = gradient["seconds"]
-    return sum(seconds.values())
 
 
 def _peak(stage: Mapping[str, float]) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from lora_one.comparison.analysis import LOSS, Analysis, Test
-from lora_one.comparison.statistics import Summary
+from lora_one.summaries import Summary
 
 
 def verdict(analysis: Analysis) -> list[str]:

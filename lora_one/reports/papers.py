@@ -17,7 +17,8 @@ from lora_one.progress import progress_bar
 from lora_one.published import Cell, Column, Line, Table
 from lora_one.reports.alike import check_alike, provenance
 from lora_one.reports.reading import Record, figure_at, limit_of, settings_key, value_at
-from lora_one.reports.summary import Summary, summarise
+from lora_one.reports.summary import summarise
+from lora_one.summaries import Summary
 
 Compose = Callable[[str, Sequence[str]], ExperimentConfig]
 
@@ -180,9 +181,9 @@ class _Filling:
             measured = [run for run in measured if run not in left_out]
             if left_out:
                 self.remarks.append(f"{name}: {len(left_out)} runs with another eval.limit are left out")
-        limits = {limit_of(run, metric) for run in measured} - {None}
+        limits = {limit for run in measured if (limit := limit_of(run, metric)) is not None}
         if limits:
-            self.remarks.append(f"{name}: tested on the first {max(limits)} problems only")  # type: ignore[type-var]
+            self.remarks.append(f"{name}: tested on the first {max(limits)} problems only")
         return sorted(measured, key=lambda run: run["seed"])
 
     def _missing(self, values: dict[int, float]) -> tuple[int, ...]:

@@ -127,7 +127,8 @@ def group(records: Sequence[Record], metric: str = "test") -> list[Row]:
 
 def _sources(record: Record) -> tuple[str, str]:
     # A run that failed before it read them is counted with those that have none.
-    return tuple(str((record.get(part) or {}).get("fingerprint", "")) for part in ("data", "model"))  # type: ignore[return-value]
+    data, model = (str((record.get(part) or {}).get("fingerprint", "")) for part in ("data", "model"))
+    return data, model
 
 
 def _labels(records: Sequence[Record]) -> list[str]:
