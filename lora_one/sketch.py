@@ -10,10 +10,14 @@ leading singular vectors of what has been seen: first of the first batch, whose 
 by skinny products too, and anew each time that the number of batches has doubled.
 
 *Two passes* keep ``G Ω`` alone in the first, with more columns, and in the second find ``Qᵀ G`` exactly.
+
+Each layer has a sketch of its own; what is decomposed is decomposed for several layers of one shape at once.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +31,7 @@ from lora_one.skinny import (
     orthonormal,
     product_from_sketches,
     qr,
+    stacked,
     triplets_of,
 )
 from lora_one.triplets import Triplets, check_norm, with_signs
@@ -35,6 +40,7 @@ from lora_one.triplets import Triplets, check_norm, with_signs
 SKETCH_VERSION = 3
 _FEWEST_TRIPLETS = 16
 _FEWEST_TWO_PASS_COLUMNS = 256
+_LAYERS_AT_ONCE = 8  # more would only cost memory
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,8 @@ class _Sketch:
         self.k = min(size.right, *shape_OI)
         self.n_probes = size.probes
         self.n_positions = 0
-        self.is_finite = True
+        self._is_finite = True
+        self._checksum: Tensor | None = None  # of all that has been added
         self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
         self._probes_PI = torch.randn(size.probes, shape_OI[1], generator=self._generator)
         self._first: Product | None = None  # of the first batch, until Ω is chosen
@@ -126,18 +133,34 @@ class _Sketch:
         else:
             self._add_next(x_NI, delta_NO, self._Y_CO, self._omega_CI)
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the layer's activations are; None as long as none have come."""
+        return None if self._Y_CO is None else self._Y_CO.device
+
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
         return [tensor for tensor in (self._Y_CO,) if tensor is not None]
 
-    def check_finite(self) -> bool:
-        """Whether every number that has been added was finite."""
-        self.is_finite &= all(bool(tensor.sum().isfinite()) for tensor in self.sums())
-        return self.is_finite
+    def seems_finite(self) -> bool:
+        """Whether every number that has been added was finite: cheap enough to be asked after each batch."""
+        if self._checksum is not None:
+            self._is_finite &= math.isfinite(self._checksum.item())
+        return self._is_finite
+
+    def is_finite(self) -> bool:
+        """Whether every sum is, too: finite numbers can add up to infinity."""
+        return self.seems_finite() and all(bool(tensor.sum().isfinite()) for tensor in self.sums())
+
+    def _counted(self, product: Tensor) -> Tensor:
+        """A skinny product of what is being added; a number that is not finite leaves its mark on it."""
+        checksum = product.sum()
+        self._checksum = checksum if self._checksum is None else self._checksum + checksum
+        return product
 
     def _add_first(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor) -> None:
         if not torch.isfinite(x_NI.sum() + delta_NO.sum()):
-            self.is_finite = False  # a decomposition would fail on it
+            self._is_finite = False  # a decomposition would fail on it
             return
         Y_CO[self.k :].addmm_(self._probes_PI @ x_NI.T, delta_NO)
         if self._first is not None:  # a layer that is called twice in one batch
@@ -147,7 +170,7 @@ class _Sketch:
         self._first = leading_product(delta_NO, x_NI, noise_KO)
 
     def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
-        Y_CO.addmm_(omega_CI @ x_NI.T, delta_NO)
+        Y_CO.addmm_(self._counted(omega_CI @ x_NI.T), delta_NO)
 
     def _aim(self, directions_IK: Tensor) -> None:
         self._omega_CI = torch.cat([directions_IK.T, self._probes_PI])
@@ -163,18 +186,38 @@ class _Sketch:
             Q_OK = orthonormal(torch.randn(n_out, self.k, generator=self._generator).to(device))
             self._first = Product(Q_OK, torch.zeros(self.k, n_in, device=device))
 
-    def _describe(self, found: Product, processes: Processes) -> SketchedGradient:
+    @staticmethod
+    def _describe(group: "Sequence[_Sketch]", found: Product, processes: Processes) -> list[SketchedGradient]:
         """Measures on the probes what the product leaves out."""
+        U_TOK, S_TK, V_TIK = (part.contiguous() for part in triplets_of(found))
+        processes.from_main_(U_TOK, S_TK, V_TIK)  # not every machine rounds alike
+        probed_TPO = processes.sum_(torch.stack([sketch._probed_PO() for sketch in group]))
+        probes_TPI = torch.stack([sketch._probes_PI for sketch in group])
+        rest_TPO = probed_TPO - (probes_TPI @ V_TIK * S_TK[:, None]) @ U_TOK.mT
+        rest_T = rest_TPO.double().square().mean(1).sum(-1)
+        norm_T = (S_TK.double().square().sum(-1) + rest_T).sqrt()
+        error_T = torch.where(norm_T > 0, rest_T.sqrt() / norm_T, 0.0)
+        n_positions_T = processes.sum_(torch.tensor([sketch.n_positions for sketch in group]))
+        rows = zip(norm_T.tolist(), error_T.tolist(), n_positions_T.tolist(), strict=True)
+        parts = zip(U_TOK.cpu(), S_TK.cpu(), V_TIK.cpu(), strict=True)
+        return [SketchedGradient(*part, *row) for part, row in zip(parts, rows, strict=True)]
+
+    def _probed_PO(self) -> Tensor:
         assert self._Y_CO is not None
-        U_OK, S_K, V_IK = (part.contiguous() for part in triplets_of(found))
-        processes.from_main_(U_OK, S_K, V_IK)  # not every machine rounds alike
-        probed_PO = processes.sum_(self._Y_CO[-self.n_probes :].clone())
-        rest_PO = probed_PO - (self._probes_PI @ V_IK * S_K) @ U_OK.T
-        rest = float(rest_PO.double().square().sum()) / self.n_probes
-        norm = (float(S_K.double().square().sum()) + rest) ** 0.5
-        n_positions = int(processes.sum_(torch.tensor(self.n_positions)))
-        error = rest**0.5 / norm if norm > 0 else 0.0
-        return SketchedGradient(U_OK.cpu(), S_K.cpu(), V_IK.cpu(), norm, error, n_positions)
+        return self._Y_CO[-self.n_probes :]
+
+
+Sketch = TypeVar("Sketch", bound=_Sketch)
+
+
+def groups_of(sketches: Sequence[Sketch], processes: Processes | None = None) -> list[list[Sketch]]:
+    """Sketches of one shape on one device, a few at a time; the same on every one of the processes."""
+    unseen = None if processes is None else processes.device
+    alike: dict[object, list[Sketch]] = {}
+    for sketch in sketches:
+        alike.setdefault((sketch.shape_OI, sketch.device or unseen), []).append(sketch)
+    n = _LAYERS_AT_ONCE
+    return [group[i : i + n] for group in alike.values() for i in range(0, len(group), n)]
 
 
 class OnePassSketch(_Sketch):
@@ -194,41 +237,73 @@ class OnePassSketch(_Sketch):
         self._psi_LO: Tensor | None = None
         self._Z_LI: Tensor | None = None
 
-    def aim(self) -> None:
+    @staticmethod
+    def aim(group: "Sequence[OnePassSketch]") -> None:
         """Turns Ω and Ψ to the leading directions of what has been seen, and keeps no more than these."""
-        if self._Y_CO is None or not self.check_finite():
+        group = [sketch for sketch in group if sketch._Y_CO is not None and sketch.seems_finite()]
+        if not group:
             return
-        Q_OK, B_KI = self.product()
-        V_IK, R_KK = qr(B_KI.T)
-        self._aim(V_IK)
-        self._Y_CO[: self.k] = R_KK.float() @ Q_OK.T
-        fill_EO = torch.randn(self._l - self.k, len(Q_OK), generator=self._generator).to(Q_OK)
+        Q_TOK, B_TKI = products_of(group)
+        V_TIK, R_TKK = qr(B_TKI.mT)
+        Y_TKO = R_TKK.float() @ Q_TOK.mT
+        fill_TEO = torch.stack([sketch._fill_EO() for sketch in group]).to(Q_TOK)
         # Apart from Q, and about orthonormal, which is enough.
-        fill_EO = (fill_EO - fill_EO @ Q_OK @ Q_OK.T) / len(Q_OK) ** 0.5
+        fill_TEO = (fill_TEO - fill_TEO @ Q_TOK @ Q_TOK.mT) / Q_TOK.shape[1] ** 0.5
+        for t, sketch in enumerate(group):
+            sketch._aim_at(Q_TOK[t], B_TKI[t], V_TIK[t], Y_TKO[t], fill_TEO[t])
+
+    def _fill_EO(self) -> Tensor:
+        return torch.randn(self._l - self.k, self.shape_OI[0], generator=self._generator)
+
+    def _aim_at(self, Q_OK: Tensor, B_KI: Tensor, V_IK: Tensor, Y_KO: Tensor, fill_EO: Tensor) -> None:
+        assert self._Y_CO is not None
+        self._aim(V_IK)
+        self._Y_CO[: self.k] = Y_KO
         self._psi_LO = torch.cat([Q_OK.T, fill_EO])
         # Ψᵀ Q is the identity above zeros.
-        self._Z_LI = torch.cat([B_KI, B_KI.new_zeros(self._l - self.k, B_KI.shape[1])])
+        self._Z_LI = torch.cat([B_KI, B_KI.new_zeros(len(fill_EO), B_KI.shape[1])])
 
-    def product(self) -> Product:
-        """What has been seen, of rank k."""
-        if self._first is not None:
-            return self._first
+    @property
+    def is_aimed(self) -> bool:
+        """Whether the sketches have directions yet."""
+        return self._first is None
+
+    def first(self) -> Product:
+        """What the first batch was made of."""
+        assert self._first is not None
+        return self._first
+
+    def sketches(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(G Ω)ᵀ``, ``Ψᵀ G`` and ``Ψᵀ``."""
         assert self._Y_CO is not None and self._Z_LI is not None and self._psi_LO is not None
-        return product_from_sketches(self._Y_CO[: self.k], self._Z_LI, self._psi_LO)
+        return self._Y_CO[: self.k], self._Z_LI, self._psi_LO
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
         return [*super().sums(), *([self._Z_LI] if self._Z_LI is not None else [])]
 
-    def finish(self, processes: Processes) -> SketchedGradient:
-        """The leading singular triplets of the sum over all processes; to be called on all of them."""
-        self._take_over(processes.device)
-        return self._describe(merge(self.product(), self._generator, processes), processes)
+    @classmethod
+    def finish(cls, group: "Sequence[OnePassSketch]", processes: Processes) -> list[SketchedGradient]:
+        """The leading singular triplets of the sums over all processes; to be called on all of them."""
+        for sketch in group:
+            sketch._take_over(processes.device)
+        return cls._describe(group, merge(products_of(group), group[0]._generator, processes), processes)
 
     def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
         super()._add_next(x_NI, delta_NO, Y_CO, omega_CI)
         assert self._psi_LO is not None and self._Z_LI is not None
-        self._Z_LI.addmm_(self._psi_LO @ delta_NO.T, x_NI)
+        self._Z_LI.addmm_(self._counted(self._psi_LO @ delta_NO.T), x_NI)
+
+
+def products_of(group: Sequence[OnePassSketch]) -> Product:
+    """What has been seen of each layer, of rank k."""
+    if len({sketch.is_aimed for sketch in group}) > 1:  # a layer that the first batch did not reach
+        each = [products_of([sketch]) for sketch in group]
+        return Product(*(torch.cat(parts) for parts in zip(*each, strict=True)))
+    if not group[0].is_aimed:
+        return stacked([sketch.first() for sketch in group])
+    parts = zip(*(sketch.sketches() for sketch in group), strict=True)
+    return product_from_sketches(*(torch.stack(part) for part in parts))
 
 
 class TwoPassSketch(_Sketch):
@@ -243,35 +318,49 @@ class TwoPassSketch(_Sketch):
     _Qt_KO: Tensor | None = None
     _B_KI: Tensor | None = None
 
-    def aim(self, processes: Processes) -> None:
+    @staticmethod
+    def aim(group: "Sequence[TwoPassSketch]", processes: Processes) -> None:
         """Turns Ω to what the main process's first batch was made of; to be called on all after the first."""
-        self._take_over(processes.device)
-        assert self._first is not None and self._Y_CO is not None
-        Q_OK, B_KI = self._first
-        common_IK = main_directions(self._first, self._generator, processes)
-        self._Y_CO[: self.k] = (common_IK.T @ B_KI.T) @ Q_OK.T
-        self._aim(common_IK)
+        for sketch in group:
+            sketch._take_over(processes.device)
+        seen = stacked([sketch._first for sketch in group if sketch._first is not None])
+        common_TIK = main_directions(seen, group[0]._generator, processes)
+        Y_TKO = (common_TIK.mT @ seen.B_KI.mT) @ seen.Q_OK.mT
+        for sketch, common_IK, Y_KO in zip(group, common_TIK, Y_TKO, strict=True):
+            assert sketch._Y_CO is not None
+            sketch._Y_CO[: sketch.k] = Y_KO
+            sketch._aim(common_IK)
 
-    def end_first_pass(self, processes: Processes) -> None:
+    @staticmethod
+    def end_first_pass(group: "Sequence[TwoPassSketch]", processes: Processes) -> None:
         """Fixes Q, on all processes."""
+        sum_TKO = processes.sum_(torch.stack([sketch._sketched_KO() for sketch in group]))
+        Qt_TKO = orthonormal(sum_TKO.mT).mT.contiguous()
+        processes.from_main_(Qt_TKO)
+        for sketch, Qt_KO in zip(group, Qt_TKO, strict=True):
+            sketch._project_on(Qt_KO)
+
+    def _sketched_KO(self) -> Tensor:
         assert self._Y_CO is not None
-        sum_KO = processes.sum_(self._Y_CO[: self.k].clone())
-        self._Qt_KO = orthonormal(sum_KO.T).T.contiguous()
-        processes.from_main_(self._Qt_KO)
-        self._Y_CO, self._omega_CI = self._Y_CO[self.k :].clone(), None  # their place is needed now
-        self._B_KI = self._Qt_KO.new_zeros(self.k, self.shape_OI[1])
+        return self._Y_CO[: self.k]
+
+    def _project_on(self, Qt_KO: Tensor) -> None:
+        self._Qt_KO = Qt_KO
+        self._Y_CO, self._omega_CI = self._probed_PO().clone(), None  # their place is needed now
+        self._B_KI = Qt_KO.new_zeros(self.k, self.shape_OI[1])
 
     def project(self, x_NI: Tensor, delta_NO: Tensor) -> None:
         """Adds inputs and output gradients of some positions in the second pass."""
         assert self._Qt_KO is not None and self._B_KI is not None
-        self._B_KI.addmm_(self._Qt_KO @ delta_NO.T, x_NI)
+        self._B_KI.addmm_(self._counted(self._Qt_KO @ delta_NO.T), x_NI)
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
         return super().sums() if self._B_KI is None else [self._B_KI]
 
-    def finish(self, processes: Processes) -> SketchedGradient:
-        """The leading singular triplets of the sum over all processes; to be called on all of them."""
-        assert self._Qt_KO is not None and self._B_KI is not None
-        B_KI = processes.sum_(self._B_KI)
-        return self._describe(Product(self._Qt_KO.T, B_KI), processes)
+    @classmethod
+    def finish(cls, group: "Sequence[TwoPassSketch]", processes: Processes) -> list[SketchedGradient]:
+        """The leading singular triplets of the sums over all processes; to be called on all of them."""
+        Q_TOK = torch.stack([sketch._Qt_KO for sketch in group if sketch._Qt_KO is not None]).mT
+        B_TKI = torch.stack([sketch._B_KI for sketch in group if sketch._B_KI is not None])
+        return cls._describe(group, Product(Q_TOK, processes.sum_(B_TKI)), processes)

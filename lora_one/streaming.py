@@ -11,7 +11,7 @@ from lora_one.collect import Calls, shared_elsewhere, watch_activations
 from lora_one.errors import UserError
 from lora_one.layers import shape_OI
 from lora_one.processes import Processes
-from lora_one.sketch import OnePassSketch, SketchedGradient, SketchSize, TwoPassSketch
+from lora_one.sketch import OnePassSketch, SketchedGradient, SketchSize, TwoPassSketch, groups_of
 
 Sketch = TypeVar("Sketch", OnePassSketch, TwoPassSketch)
 
@@ -26,7 +26,7 @@ class Sketches(Generic[Sketch]):
 
     def are_finite(self) -> bool:
         """Whether every number that has been added was finite."""
-        return all(sketch.check_finite() for sketch in self.unique)
+        return all(sketch.seems_finite() for sketch in self.unique)
 
     def finish(self, processes: Processes) -> dict[str, SketchedGradient]:
         """What the sketches know, summed over the processes.
@@ -34,11 +34,14 @@ class Sketches(Generic[Sketch]):
         Raises:
             UserError: If a gradient is not finite, or has reached a target on no process.
         """
-        bad = [name for name, sketch in self.by_name.items() if not sketch.check_finite()]
+        bad = [name for name, sketch in self.by_name.items() if not sketch.is_finite()]
         if int(processes.sum_(torch.tensor(len(bad)))) > 0:
             where = bad[0] if bad else "a target on another process"
             raise UserError(f"{where}: its gradient is not finite; check the data, or compute in float32")
-        solved = {id(sketch): sketch.finish(processes) for sketch in self.unique}
+        solved: dict[int, SketchedGradient] = {}
+        for group in groups_of(self.unique, processes):
+            found_in_group = type(group[0]).finish(group, processes)
+            solved |= {id(sketch): one for sketch, one in zip(group, found_in_group, strict=True)}
         found = {name: solved[id(sketch)] for name, sketch in self.by_name.items()}
         for name, gradient in found.items():
             if gradient.n_positions == 0:
@@ -72,8 +75,8 @@ def one_pass(
             return
         aimed_after = n_batches  # 1, 2, 4, 8, ...
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            for sketch in sketches.unique:
-                sketch.aim()
+            for group in groups_of(sketches.unique):
+                OnePassSketch.aim(group)
 
     handle = model.register_forward_pre_hook(begin_batch)
     try:
@@ -112,20 +115,20 @@ def two_passes(
 
     def after_batch(number: int) -> None:
         if number == 1:
-            for sketch in sketches.unique:
-                sketch.aim(processes)
+            for group in groups_of(sketches.unique, processes):
+                TwoPassSketch.aim(group, processes)
 
     with watch_activations(model, targets, _adding(sketches, "add"), dropout=dropout):
         run_pass(sketches, after_batch)
-    for sketch in sketches.unique:
-        sketch.end_first_pass(processes)
+    for group in groups_of(sketches.unique, processes):
+        TwoPassSketch.end_first_pass(group, processes)
     with watch_activations(model, targets, _adding(sketches, "project"), dropout=dropout):
         run_pass(sketches, lambda number: None)
     return sketches
 
 
 def _is_due(n_batches: int) -> bool:
-    return n_batches > 0 and n_batches & (n_batches - 1) == 0
+    return n_batches.bit_count() == 1
 
 
 def _adding(sketches: Sketches[Any], method: str) -> Callable[[str, Tensor, Tensor], None]:

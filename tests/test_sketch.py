@@ -5,7 +5,7 @@ import torch
 from conftest import ALONE, on_two_processes
 
 from lora_one.processes import start_processes
-from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch
+from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, groups_of, products_of
 from lora_one.skinny import (
     Product,
     leading_product,
@@ -13,6 +13,7 @@ from lora_one.skinny import (
     orthonormal,
     product_from_sketches,
     qr,
+    stacked,
     triplets_of,
 )
 
@@ -43,11 +44,19 @@ def captured(G: torch.Tensor, sketched, k: int) -> float:
     return float((U.T @ G @ V).square().sum() / torch.linalg.svdvals(G)[:k].square().sum())
 
 
+def one(product: Product) -> Product:
+    return Product(*(part[0] for part in product))
+
+
+def finished(sketch, processes=ALONE):
+    return type(sketch).finish([sketch], processes)[0]
+
+
 def sketch_of(parts: list, n_out: int, n_in: int, size: SketchSize = SIZE) -> OnePassSketch:
     sketch = OnePassSketch((n_out, n_in), size, torch.Generator().manual_seed(1))
     for number, (x, delta) in enumerate(parts):
         if number in (1, 2, 4):
-            sketch.aim()
+            OnePassSketch.aim([sketch])
         sketch.add(x, delta)
     return sketch
 
@@ -55,13 +64,13 @@ def sketch_of(parts: list, n_out: int, n_in: int, size: SketchSize = SIZE) -> On
 def twice(parts: list, n_out: int, n_in: int, size: SketchSize = SIZE):
     sketch = TwoPassSketch((n_out, n_in), size, torch.Generator().manual_seed(1))
     sketch.add(*parts[0])
-    sketch.aim(ALONE)
+    TwoPassSketch.aim([sketch], ALONE)
     for x, delta in parts[1:]:
         sketch.add(x, delta)
-    sketch.end_first_pass(ALONE)
+    TwoPassSketch.end_first_pass([sketch], ALONE)
     for x, delta in parts:
         sketch.project(x, delta)
-    return sketch.finish(ALONE)
+    return finished(sketch)
 
 
 SHAPES = [(60, 90), (90, 60), (64, 64)]
@@ -70,7 +79,7 @@ SHAPES = [(60, 90), (90, 60), (64, 64)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_pass_captures_the_leading_directions(shape):
     parts = batches(6, *shape)
-    sketched = sketch_of(parts, *shape).finish(ALONE)
+    sketched = finished(sketch_of(parts, *shape))
     assert captured(summed(parts), sketched, 4) > 0.999
     assert captured(summed(parts), sketched, 8) > 0.995
 
@@ -85,7 +94,7 @@ def test_two_passes_give_the_projection_on_their_basis(shape):
     assert captured(G, found, 4) > 0.99
 
 
-@pytest.mark.parametrize("sketch", [lambda *of: sketch_of(*of).finish(ALONE), twice])
+@pytest.mark.parametrize("sketch", [lambda *of: finished(sketch_of(*of)), twice])
 class TestBothForms:
     def test_a_gradient_of_low_rank_is_found_exactly(self, sketch):
         parts = [(x[:5], delta[:5]) for x, delta in batches(2, 60, 90)]  # rank 10
@@ -120,7 +129,7 @@ def test_a_layer_called_twice_in_the_first_batch_counts_twice():
     sketch = OnePassSketch((60, 90), SketchSize(right=40, left=60), torch.Generator().manual_seed(0))
     sketch.add(x, delta)
     sketch.add(x2, delta2)
-    Q, B = sketch.product()
+    Q, B = one(products_of([sketch]))
     G = summed(parts).float()
     assert float((Q @ B - G).norm() / G.norm()) < 1e-2
 
@@ -142,17 +151,19 @@ def merge_as_rank(path: str) -> None:
     mine, nothing = product_of_rank(processes.rank), Product(product_of_rank(0).Q_OK, torch.zeros(12, 90))
     both = merge(mine, generator, processes)
     of_rank_1 = merge(nothing if processes.is_main else mine, generator, processes)
+    # Two layers at once, of which the main process has seen the second alone.
+    at_once = merge(stacked([nothing if processes.is_main else mine, mine]), generator, processes)
     if processes.is_main:
-        torch.save((tuple(both), tuple(of_rank_1)), path)
+        torch.save([tuple(product) for product in (both, of_rank_1, at_once)], path)
 
 
 def product_of_rank(rank: int) -> Product:
-    return sketch_of(batches(3, 60, 90, seed=rank), 60, 90).product()
+    return one(products_of([sketch_of(batches(3, 60, 90, seed=rank), 60, 90)]))
 
 
 def test_the_merged_product_is_the_leading_part_of_the_sum(tmp_path):
     on_two_processes(merge_as_rank, str(tmp_path / "merged.pt"))
-    both, of_rank_1 = (Product(*parts) for parts in torch.load(tmp_path / "merged.pt"))
+    both, of_rank_1, at_once = (Product(*parts) for parts in torch.load(tmp_path / "merged.pt"))
     G = sum(Q @ B for Q, B in (product_of_rank(rank) for rank in (0, 1))).double()
     U, S, V = triplets_of(both)
     best = torch.linalg.svdvals(G)
@@ -160,9 +171,45 @@ def test_the_merged_product_is_the_leading_part_of_the_sum(tmp_path):
     kept = (U[:, :8].double().T @ G @ V[:, :8].double()).square().sum()
     assert float(kept / best[:8].square().sum()) > 0.999
     alone = product_of_rank(1)  # the main process has seen nothing
-    assert (
-        float((of_rank_1.Q_OK @ of_rank_1.B_KI - alone.Q_OK @ alone.B_KI).norm() / alone.B_KI.norm()) < 1e-3
-    )
+    assert distance(of_rank_1, alone) < 1e-3
+    assert distance(Product(at_once.Q_OK[0], at_once.B_KI[0]), alone) < 1e-3
+    assert distance(Product(at_once.Q_OK[1], at_once.B_KI[1]), both) < 1e-3
+
+
+def distance(ours: Product, theirs: Product) -> float:
+    return float((ours.Q_OK @ ours.B_KI - theirs.Q_OK @ theirs.B_KI).norm() / theirs.B_KI.norm())
+
+
+def test_layers_at_once_are_what_each_alone_would_be():
+    together = [sketch_of(batches(n, 60, 90, seed=n), 60, 90) for n in (0, 1, 2, 5, 6)]
+    alone = [sketch_of(batches(n, 60, 90, seed=n), 60, 90) for n in (0, 1, 2, 5, 6)]
+    found = OnePassSketch.finish(together, ALONE)
+    for n, ours, sketch in zip((0, 1, 2, 5, 6), found, alone, strict=True):
+        theirs = finished(sketch)
+        assert ours.n_positions == theirs.n_positions == 200 * n
+        assert ours.norm == pytest.approx(theirs.norm, rel=1e-5)
+        assert ours.error == pytest.approx(theirs.error, rel=1e-2, abs=1e-5)
+        assert torch.allclose(ours.S_K, theirs.S_K, rtol=1e-4, atol=1e-5 * theirs.norm)
+
+
+def test_layers_are_taken_together_that_are_alike():
+    sketches = [sketch_of(batches(1, *shape), *shape) for shape in [(60, 90)] * 9 + [(90, 60)]]
+    unseen = sketch_of([], 60, 90)
+    groups = groups_of([*sketches, unseen], ALONE)
+    assert [[sketch.shape_OI for sketch in group] for group in groups] == [
+        [(60, 90)] * 8,
+        [(60, 90)] * 2,
+        [(90, 60)],
+    ]
+    assert groups[1][1] is unseen
+
+
+def test_a_singular_matrix_among_others_spoils_none():
+    M_TOK = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0))
+    M_TOK[1, :, 3] = M_TOK[1, :, 2]
+    Q_TOK, R_TKK = qr(M_TOK)
+    assert torch.allclose(Q_TOK.double() @ R_TKK, M_TOK.double(), atol=1e-5)
+    assert torch.allclose(Q_TOK.mT @ Q_TOK, torch.eye(6).expand(3, 6, 6), atol=1e-5)
 
 
 def test_products_and_triplets_are_the_same_matrix():
