@@ -83,6 +83,26 @@ def test_other_seeds_are_as_good_as_the_tables():
     assert (filled.cells[0][0].missing, filled.cells[0][0].summary.n) == ((), 4)
 
 
+def test_time_and_memory_are_of_the_whole_training_and_name_the_device():
+    columns = tuple(Column(name, name, f"cost.{name}", False) for name in ("hours", "peak_gb"))
+    table = Table("t", "t", "s", (0, 1), columns, (Line("A", {"hours": "a", "peak_gb": "a"}, {}),))
+    whole = run(0, 0.5, limit=16)  # on how many problems it was tested does not matter
+    whole["stages"] = {
+        "model": {"seconds": 900.0, "peak_gpu_bytes": 99e9},  # loading is not the method's
+        "gradient": {"seconds": 360.0, "peak_gpu_bytes": 20e9},
+        "init": {"seconds": 36.0, "peak_resident_bytes": 30e9, "peak_gpu_bytes": 15e9},
+        "training": {"seconds": 7000.0, "peak_gpu_bytes": 21.5e9},
+    }
+    whole["training"] = {"seconds": 6804.0, "resumed_from_step": 0}
+    whole["hardware"] = {"gpus": ["A100"]}
+    resumed = run(1, 0.5)
+    resumed["training"] = {"seconds": 60.0, "resumed_from_step": 90}
+    filled = fill_table(table, [whole, resumed], compose)
+    assert [cell.values for cell in filled.cells[0]] == [{0: pytest.approx(2.0)}, {0: 21.5}]
+    assert all(cell.missing == (1,) for cell in filled.cells[0])
+    assert "A, hours: on A100" in filled.remarks
+
+
 def test_what_fills_it_is_a_command():
     records = [run(1, 0.5), run(0, None, status="failed", error="out of\nmemory")]
     filled = fill_table(TABLE, records, compose, ["model.max_length=1024"], "my runs")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_one.errors import UserError
-from lora_one.reports.reading import Record, figure_at
+from lora_one.reports.reading import Record, devices_of, figure_at
 
 
 def check_alike(where: str, runs: Sequence[Record], metric: str) -> None:
@@ -54,7 +54,7 @@ def provenance(runs: Sequence[Record]) -> list[str]:
             remarks.append(
                 f"the runs were made with different versions of {package}: {', '.join(sorted(versions))}"
             )
-    devices = {", ".join(run.get("hardware", {}).get("gpus") or ["CPU"]) for run in runs}
+    devices = {devices_of(run) for run in runs}
     if len(devices) > 1:
         remarks.append(f"the runs were made on different devices: {'; '.join(sorted(devices))}")
     return remarks

@@ -16,7 +16,7 @@ from lora_one.experiments import command_of
 from lora_one.progress import progress_bar
 from lora_one.published import Cell, Column, Line, Table
 from lora_one.reports.alike import check_alike, provenance
-from lora_one.reports.reading import Record, figure_at, limit_of, settings_key, value_at
+from lora_one.reports.reading import COST, Record, devices_of, figure_at, limit_of, settings_key, value_at
 from lora_one.reports.summary import summarise
 from lora_one.summaries import Summary
 
@@ -164,6 +164,8 @@ class _Filling:
         runs = self._measured(name, column.metric, config, self.runs.get(key, []))
         check_alike(f"table {self.table.name}, {name}", runs, column.metric)
         values = {run["seed"]: value_at(run, column.metric) or 0.0 for run in runs}
+        if runs and column.metric.startswith(f"{COST}."):
+            self.remarks.append(f"{name}: on {'; '.join(sorted({devices_of(run) for run in runs}))}")
         self.used |= {run["run_id"]: run for run in runs}
         missing = self._missing(values)
         if missing:
@@ -176,6 +178,9 @@ class _Filling:
     ) -> list[Record]:
         """The finished runs that have the figure, on as many problems as are asked for."""
         measured = [run for run in runs if run["status"] == "finished" and figure_at(run, metric) is not None]
+        measured.sort(key=lambda run: run["seed"])
+        if metric.startswith(f"{COST}."):  # of the training, whatever was tested after it
+            return measured
         if any(override.lstrip("+").startswith("eval.limit=") for override in self.overrides):
             left_out = [run for run in measured if limit_of(run, metric) != config.eval.limit]
             measured = [run for run in measured if run not in left_out]
@@ -184,7 +189,7 @@ class _Filling:
         limits = {limit for run in measured if (limit := limit_of(run, metric)) is not None}
         if limits:
             self.remarks.append(f"{name}: tested on the first {max(limits)} problems only")
-        return sorted(measured, key=lambda run: run["seed"])
+        return measured
 
     def _missing(self, values: dict[int, float]) -> tuple[int, ...]:
         # Other seeds are as good as the table's own.

@@ -11,6 +11,7 @@ from lora_one.errors import UserError, nearest
 from lora_one.records import read_record
 
 Record = dict[str, Any]
+COST = "cost"
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,31 @@ def _with_floats(value: Any) -> Any:
 
 
 def figure_at(record: Record, path: str) -> dict[str, Any] | None:
-    """A figure of a record, such as ``test``, ``lm_eval/gsm8k`` or ``humaneval.others.pass@10``.
+    """A figure of a record: ``test``, ``lm_eval/gsm8k``, ``humaneval.others.pass@10``, ``cost.hours``, ….
 
     Returns:
         At least its ``value``; None where it was not measured.
     """
-    found = _descend(record.get("metrics", {}), path.split("."))
+    figures = {**record.get("metrics", {}), COST: _cost(record)}
+    found = _descend(figures, path.split("."))
     if isinstance(found, dict):
         return found if found.get("value") is not None else None
     return None if found is None else {"value": found}
+
+
+def _cost(record: Record) -> dict[str, float | None]:
+    """Hours from the pretrained model to the trained one, and the peak GB (1e9 bytes) on the way."""
+    stages = [record.get("stages", {}).get(name, {}) for name in ("gradient", "init", "training")]
+    training = record.get("training") or {}
+    # Of a run that was interrupted the record has the last part only.
+    is_whole = "seconds" in training and not training.get("resumed_from_step")
+    peaks = [
+        peak for stage in stages if (peak := stage.get("peak_gpu_bytes") or stage.get("peak_resident_bytes"))
+    ]
+    return {
+        "hours": (init_seconds(record) + training["seconds"]) / 3600 if is_whole else None,
+        "peak_gb": max(peaks) / 1e9 if peaks and is_whole else None,
+    }
 
 
 def _descend(tree: Any, parts: Sequence[str]) -> Any:
@@ -183,6 +200,11 @@ def init_seconds(record: Record) -> float:
     if gradient.get("cache_file"):
         seconds["gradient"] = gradient["seconds"]
     return float(sum(seconds.values()))
+
+
+def devices_of(record: Record) -> str:
+    """What a run was made on: its GPUs, or CPU."""
+    return ", ".join(record.get("hardware", {}).get("gpus") or ["CPU"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
