@@ -10,16 +10,23 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece: after a crash it is the old one or the new one.
+    """Writes a file in one piece: after a crash it is the old one or the new one."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
-    Several programs may write it at once; one of them wins.
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what is to appear at ``path`` in one piece; its name ends in ``.partial``.
+
+    Several programs may write the same file at once; one of them wins.
     """
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         to_disk(partial)
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lora_one.files import whole_file
 from lora_one.records import RunRecord
 from lora_one.tracking import read_metrics
 
@@ -32,10 +33,9 @@ def plot_run(record: RunRecord, folder: Path) -> None:
         share.set(ylim=(0, 100), ylabel="exact match on the validation split, %")
         axis.plot([], [], "s--", color="tab:green", label="exact match")
     axis.legend()
-    partial = folder / "plot.partial.png"
-    figure.savefig(partial, dpi=120)
+    with whole_file(folder / "plot.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
-    partial.replace(folder / "plot.png")
 
 
 def smoothed(points: list[tuple[int, float]], weight: float = 0.8) -> list[tuple[int, float]]:

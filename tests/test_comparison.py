@@ -242,7 +242,8 @@ NOISE = [0.0, 0.01, -0.01, 0.02, -0.02]
 @pytest.fixture
 def comparison():
     """Four measurements at steps 10 … 40: LoRA ends at 1, half of its steps suffice for the fast one."""
-    settings = read_settings({"methods": {"LoRA": [], "fast": [], "same": [], "bad": []}})
+    fast = ["init=default", "model.max_steps=20"]
+    settings = read_settings({"methods": {"LoRA": [], "fast": fast, "same": [], "bad": []}})
     kinds = {
         "LoRA": ([4, 3, 2, 1], 0.5, NOISE),
         "fast": ([2, 1, 0.5, 0.25], 0.7, NOISE),
@@ -291,6 +292,7 @@ def test_missing_runs_are_named_and_nothing_is_made_of_them(comparison):
     text = markdown(found, ["scores.png"])
     assert "- bad: seed 0 is failed: why" in text
     assert "1: diverged" in text
+    assert "- fast: `init=default model.max_steps=20`" in text
     json.dumps(as_tree(found), allow_nan=False)
 
 

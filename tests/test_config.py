@@ -25,7 +25,7 @@ def parse(*arguments: str) -> ExperimentConfig:
 
 
 def test_number_of_config_files():
-    assert len(FILES) == 170
+    assert len(FILES) == 171
 
 
 @pytest.mark.parametrize("file", HERE, ids=str)

@@ -7,6 +7,7 @@ from typing import Any
 from lora_one.comparison.analysis import LOSS, Analysis
 from lora_one.comparison.results import Method
 from lora_one.comparison.statistics import mean_curve
+from lora_one.files import whole_file
 
 _MARKERS = "osD^vP<>Xph*"
 
@@ -21,10 +22,9 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
     names = []
     for name, make in (("scores", _scores), ("sensitivity", _sensitivity), ("curves", _curves)):
         figure = make(plt, analysis)
-        partial = folder / f"{name}.partial.png"
-        figure.savefig(partial, dpi=100)
+        with whole_file(folder / f"{name}.png") as partial:
+            figure.savefig(partial, format="png", dpi=100)
         plt.close(figure)
-        partial.replace(folder / f"{name}.png")
         names.append(f"{name}.png")
     return names
 

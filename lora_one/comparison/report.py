@@ -59,6 +59,7 @@ def markdown(analysis: Analysis, figures: Sequence[str]) -> str:
         "## Cost\n\nMeans over seeds. A gradient from the cache counts with what it took to make.\n\n"
         + _cost_table(comparison),
         "## Tuning\n\n" + _tuning(comparison),
+        "## Methods\n\nWhat each has of its own.\n\n" + _own_settings(comparison),
         "\n\n".join(f"![{name}]({name})" for name in figures),
     ]
     if missing := [f"- {m.name}: {what}" for m in comparison.methods for what in m.missing]:
@@ -73,11 +74,20 @@ def _protocol(comparison: Comparison) -> str:
     rows = setup["rows"]
     counts = ", ".join(f"{rows.get(split, '?')} to {use}" for split, use in _SPLITS.items())
     return (
-        f"Rank {setup['rank']}, {setup['steps']} steps of {setup['batch']} examples; rows: {counts}. "
+        f"Rank {setup['rank']}, {setup['steps']} steps of {setup['batch']} examples, where a method has no "
+        f"others of its own (listed below); rows: {counts}. "
         f"Learning rates ({settings.per_decade} a decade) and γ of the gradient starts were chosen by the "
         f"validation loss of {_seeds(settings.tuning_seeds)}, from a grid that grows while its best is at an "
         f"edge; then {_seeds(settings.seeds)} ran at the best setting, and nothing was chosen by their "
         f"results. {where}, code {', '.join(setup['commits'])}."
+    )
+
+
+def _own_settings(comparison: Comparison) -> str:
+    methods = comparison.settings.methods
+    names = [method.name for method in comparison.methods]
+    return "\n".join(
+        f"- {name}: `{' '.join(methods[name])}`" if methods[name] else f"- {name}" for name in names
     )
 
 

@@ -7,8 +7,6 @@ can be deleted at any time.
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +17,8 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
+
+from lora_one.files import whole_file
 
 Arrays = dict[str, np.ndarray]
 
@@ -76,15 +76,9 @@ NO_CACHE = TokenCache(None, None)
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    """In one piece: other programs may write the same entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         save_file(arrays, partial, metadata={"digest": _content_digest(arrays)})
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _content_digest(arrays: Arrays) -> str:

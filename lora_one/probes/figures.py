@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lora_one.files import whole_file
 from lora_one.probes.callback import FILE
 from lora_one.records import RunRecord
 from lora_one.tracking import read_metrics
@@ -89,10 +90,9 @@ def plot_probes(record: RunRecord, folder: Path) -> None:
         axis.set_visible(False)
     dataset = record.config["dataset"]["name"]
     figure.suptitle(f"{record.method} on {dataset}, seed {record.seed}: over all layers")
-    partial = folder / "probes.partial.png"
-    figure.savefig(partial, dpi=110)
+    with whole_file(folder / "probes.png") as partial:
+        figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)
-    partial.replace(folder / "probes.png")
 
 
 def curve(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

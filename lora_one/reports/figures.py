@@ -5,6 +5,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lora_one.files import whole_file
 from lora_one.reports.curves import Curve, Figure, figures_of
 from lora_one.reports.rows import Row
 
@@ -57,10 +58,9 @@ def _draw(figure: Figure, path: Path) -> None:
         axis.set_title(f"the first {len(curves)} of {len(figure.curves)} rows", fontsize=9)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False)
-    partial = path.with_name(f"{path.stem}.partial.png")
-    canvas.savefig(partial, dpi=120, bbox_inches="tight")
+    with whole_file(path) as partial:
+        canvas.savefig(partial, format="png", dpi=120, bbox_inches="tight")
     plt.close(canvas)
-    partial.replace(path)
 
 
 def _line(axis: Any, curve: Curve, with_marks: bool, color: str, style: str) -> None:
