@@ -390,7 +390,9 @@ def test_a_dry_run_shows_the_methods_and_their_first_rates(cli, tmp_path):
 
 
 def documented() -> list[list[str]]:
-    texts = [(ROOT / name).read_text() for name in ("docs/fair-comparison.md", "docs/best-recipe.md", "README.md")]
+    texts = [
+        (ROOT / name).read_text() for name in ("docs/fair-comparison.md", "docs/best-recipe.md", "README.md")
+    ]
     blocks = [block for text in texts for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.M)]
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     return [command for command in commands if "+experiment=fair_comparison" in command]
