@@ -153,7 +153,7 @@ class _Sketch:
         return self.seems_finite() and all(bool(tensor.sum().isfinite()) for tensor in self.sums())
 
     def _counted(self, product: Tensor) -> Tensor:
-        """A skinny product of what is being added; a number that is not finite leaves its mark on it."""
+        """What is added, or a skinny product of it: what is not finite shows in the sum of either."""
         checksum = product.sum()
         self._checksum = checksum if self._checksum is None else self._checksum + checksum
         return product
@@ -348,6 +348,9 @@ class TwoPassSketch(_Sketch):
         self._Qt_KO = Qt_KO
         self._Y_CO, self._omega_CI = self._probed_PO().clone(), None  # their place is needed now
         self._B_KI = Qt_KO.new_zeros(self.k, self.shape_OI[1])
+
+    def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
+        super()._add_next(x_NI, self._counted(delta_NO), Y_CO, omega_CI)
 
     def project(self, x_NI: Tensor, delta_NO: Tensor) -> None:
         """Adds inputs and output gradients of some positions in the second pass."""

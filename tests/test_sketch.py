@@ -192,6 +192,21 @@ def test_layers_at_once_are_what_each_alone_would_be():
         assert torch.allclose(ours.S_K, theirs.S_K, rtol=1e-4, atol=1e-5 * theirs.norm)
 
 
+@pytest.mark.parametrize("kind", [OnePassSketch, TwoPassSketch])
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_number_that_is_not_finite_is_noticed_with_its_batch(kind, part, number):
+    sketch = kind((60, 90), SIZE, torch.Generator().manual_seed(1))
+    parts = batches(3, 60, 90)
+    parts[number][part][7, 5] = torch.inf
+    for other, (x, delta) in enumerate(parts[: number + 1]):
+        assert sketch.seems_finite()
+        sketch.add(x, delta)
+        if other == 0 and number:
+            kind.aim([sketch], *([ALONE] if kind is TwoPassSketch else []))
+    assert not sketch.seems_finite()
+
+
 def test_layers_are_taken_together_that_are_alike():
     sketches = [sketch_of(batches(1, *shape), *shape) for shape in [(60, 90)] * 9 + [(90, 60)]]
     unseen = sketch_of([], 60, 90)
