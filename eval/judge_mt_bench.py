@@ -34,7 +34,10 @@ from eval.command import positive, run_program
 from eval.results import EvalResult, Figure
 from lora_one.errors import UserError
 from lora_one.files import write_text
+from lora_one.records import add_figure
 from lora_one.tables import markdown_table
+
+RATING = "mt_bench_rating"  # in the metrics of a run's record
 
 
 def main(arguments: list[str]) -> None:
@@ -60,8 +63,10 @@ def main(arguments: list[str]) -> None:
     result = make_result(scores, options, time.perf_counter() - start)
     print(markdown_table(table(scores)))
     print(f"{result}; judged by {options.model}; in {path}")
-    record = path.with_name(f"{answers[0]}-{path.stem}.json")
-    write_text(record, json.dumps(result.summary(), indent=2) + "\n")
+    figure = result.summary() | {"limit": options.limit}
+    write_text(path.with_name(f"{answers[0]}-{path.stem}.json"), json.dumps(figure, indent=2) + "\n")
+    if add_figure(options.answers.parent, RATING, figure):
+        print(f"added to {options.answers.parent / 'record.json'} as {RATING}")
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:

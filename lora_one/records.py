@@ -152,6 +152,29 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+def add_figure(folder: Path, name: str, figure: dict[str, Any]) -> bool:
+    """Adds what was measured after a run to its record.
+
+    Returns:
+        Whether the folder has a record.
+
+    Raises:
+        UserError: If the record is damaged.
+        BusyError: If a program is at work in the folder.
+    """
+    if not (folder / "record.json").exists():
+        return False
+    lock = RunLock(folder)
+    try:
+        record = read_record(folder)
+        assert record is not None
+        record["metrics"][name] = figure
+        write_text(folder / "record.json", json.dumps(record, indent=2) + "\n")
+    finally:
+        lock.release()
+    return True
+
+
 class RunLock:
     """Keeps two programs out of one run folder; the system frees it when its holder dies."""
 

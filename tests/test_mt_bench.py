@@ -1,6 +1,7 @@
 """MT-Bench: answers as FastChat reads them, and a judge behind a stand-in endpoint that may fail."""
 
 import json
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from eval.command import run_program as run_main
 from eval.subject import Request, Subject
 from lora_one.data.encoding import prompt_ids
 from lora_one.errors import UserError
+from lora_one.records import RunLock
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again, shorter."]},
@@ -314,6 +316,24 @@ def test_a_judged_model(grade, files, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "model_judgment" / "m-stand-in-own_single.json").read_text())
     assert result["others"]["turn 2"]["value"] == 7.0
     assert "own prompts" in result["decoding"]
+
+
+def test_the_rating_of_a_runs_answers_is_added_to_its_record(grade, files, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    answers = shutil.copy(files["answers"], folder / "mt_bench.jsonl")
+    (folder / "record.json").write_text(
+        json.dumps({"status": "finished", "metrics": {"test": {"value": 0.5}}})
+    )
+    with endpoint(by_question) as (url, _):
+        assert "as mt_bench_rating" in grade(url, answers=answers)[1]
+        metrics = json.loads((folder / "record.json").read_text())["metrics"]
+        assert metrics["test"] == {"value": 0.5}
+        assert (metrics["mt_bench_rating"]["value"], metrics["mt_bench_rating"]["limit"]) == (7.0, None)
+        lock = RunLock(folder)
+        code, _, errors = grade(url, answers=answers)
+        lock.release()
+    assert code == 2 and "this run is being made by process" in errors[0]
 
 
 def test_references_go_to_reasoning_and_mathematics_alone(grade, files):

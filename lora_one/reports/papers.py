@@ -166,6 +166,8 @@ class _Filling:
         values = {run["seed"]: value_at(run, column.metric) or 0.0 for run in runs}
         if runs and column.metric.startswith(f"{COST}."):
             self.remarks.append(f"{name}: on {'; '.join(sorted({devices_of(run) for run in runs}))}")
+        judged = {str((figure_at(run, column.metric) or {}).get("decoding")) for run in runs}
+        self.remarks += [f"{name}: {how}" for how in sorted(judged) if how.startswith("judged by ")]
         self.used |= {run["run_id"]: run for run in runs}
         missing = self._missing(values)
         if missing:
