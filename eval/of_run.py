@@ -78,6 +78,7 @@ def label_words_of(config: ExperimentConfig, data: Data) -> tuple[str, ...]:
 def keep_result(name: str, result: EvalResult, config: ExperimentConfig, run: Run) -> None:
     """The figures to the record, every answer to a file beside it."""
     run.record.metrics[name] = result.summary()
+    run.record.metrics.pop(f"{name}_rating", None)  # a judge's, of other answers
     run.record.config["eval"] = config.eval.model_dump()
     if run.processes.is_main:
         path = run.folder / f"{name}.jsonl"

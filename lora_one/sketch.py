@@ -40,7 +40,8 @@ from lora_one.triplets import Triplets, check_norm, with_signs
 SKETCH_VERSION = 3
 _FEWEST_TRIPLETS = 16
 _FEWEST_TWO_PASS_COLUMNS = 256
-_LAYERS_AT_ONCE = 8  # more would only cost memory
+_LAYERS_AT_ONCE = 8
+_BYTES_AT_ONCE = 4 * 2**20  # of one copy of their sketches: a decomposition makes several
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,22 @@ Sketch = TypeVar("Sketch", bound=_Sketch)
 
 def groups_of(sketches: Sequence[Sketch], processes: Processes | None = None) -> list[list[Sketch]]:
     """Sketches of one shape on one device, a few at a time; the same on every one of the processes."""
-    unseen = None if processes is None else processes.device
     alike: dict[object, list[Sketch]] = {}
     for sketch in sketches:
-        alike.setdefault((sketch.shape_OI, sketch.device or unseen), []).append(sketch)
-    n = _LAYERS_AT_ONCE
-    return [group[i : i + n] for group in alike.values() for i in range(0, len(group), n)]
+        alike.setdefault((sketch.shape_OI, _device(sketch, processes)), []).append(sketch)
+    groups = []
+    for group in alike.values():
+        n_bytes = 4 * group[0].k * sum(group[0].shape_OI)
+        n = min(_LAYERS_AT_ONCE, max(1, _BYTES_AT_ONCE // n_bytes))
+        groups += [group[i : i + n] for i in range(0, len(group), n)]
+    return groups
+
+
+def _device(sketch: _Sketch, processes: Processes | None) -> torch.device | None:
+    """Where a sketch will be decomposed; where there are several processes, each has one device."""
+    if processes is None:
+        return sketch.device
+    return processes.device if processes.world_size > 1 else sketch.device or processes.device
 
 
 class OnePassSketch(_Sketch):
@@ -240,7 +251,7 @@ class OnePassSketch(_Sketch):
     @staticmethod
     def aim(group: "Sequence[OnePassSketch]") -> None:
         """Turns Ω and Ψ to the leading directions of what has been seen, and keeps no more than these."""
-        group = [sketch for sketch in group if sketch._Y_CO is not None and sketch.seems_finite()]
+        group = [sketch for sketch in group if sketch._Y_CO is not None and sketch.is_finite()]
         if not group:
             return
         Q_TOK, B_TKI = products_of(group)

@@ -100,6 +100,9 @@ def test_time_and_memory_are_of_the_whole_training_and_name_the_device():
     filled = fill_table(table, [whole, resumed], compose)
     assert [cell.values for cell in filled.cells[0]] == [{0: pytest.approx(2.0)}, {0: 21.5}]
     assert all(cell.missing == (1,) for cell in filled.cells[0])
+    whole["gradient"] = {"cache_file": "x", "seconds": 7200.0}  # its memory is nowhere
+    cached = fill_table(table, [whole], compose).cells[0]
+    assert [cell.values for cell in cached] == [{0: pytest.approx(3.9)}, {}]
     assert "A, hours: on A100" in filled.remarks
 
 

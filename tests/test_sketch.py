@@ -207,6 +207,12 @@ def test_a_number_that_is_not_finite_is_noticed_with_its_batch(kind, part, numbe
     assert not sketch.seems_finite()
 
 
+def test_large_sketches_are_taken_one_by_one():
+    size = SketchSize(right=256, left=0)
+    sketches = [TwoPassSketch((2048, 1024), size, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert [len(group) for group in groups_of(sketches, ALONE)] == [1, 1]
+
+
 def test_layers_are_taken_together_that_are_alike():
     sketches = [sketch_of(batches(1, *shape), *shape) for shape in [(60, 90)] * 9 + [(90, 60)]]
     unseen = sketch_of([], 60, 90)

@@ -170,7 +170,9 @@ def collect(
         UserError: If no reported run left a record.
     """
     methods = [_method(settings, name, found, finals.get(name, ()), errors) for name, found in tuned.items()]
-    records = [r for cells in finals.values() for c in cells if (r := c.record()) is not None]
+    first = settings.baseline  # the header speaks of its runs
+    order = sorted(finals, key=lambda name: name != first)
+    records = [r for name in order for c in finals[name] if (r := c.record()) is not None]
     if not records:
         raise UserError("no final run left a record; the jobs' errors stand above")
     return Comparison(settings, methods, _setup(records))

@@ -152,14 +152,16 @@ def _cost(record: Record) -> dict[str, float | None]:
     """Hours from the pretrained model to the trained one, and the peak GB (1e9 bytes) on the way."""
     stages = [record.get("stages", {}).get(name, {}) for name in ("gradient", "init", "training")]
     training = record.get("training") or {}
-    # Of a run that was interrupted the record has the last part only.
+    # Of a training that went on from a checkpoint the record has the last part only, and of a gradient
+    # that was read from the cache not the memory.
     is_whole = "seconds" in training and not training.get("resumed_from_step")
+    is_cached = bool((record.get("gradient") or {}).get("cache_file"))
     peaks = [
         peak for stage in stages if (peak := stage.get("peak_gpu_bytes") or stage.get("peak_resident_bytes"))
     ]
     return {
         "hours": (init_seconds(record) + training["seconds"]) / 3600 if is_whole else None,
-        "peak_gb": max(peaks) / 1e9 if peaks and is_whole else None,
+        "peak_gb": max(peaks) / 1e9 if peaks and is_whole and not is_cached else None,
     }
 
 
