@@ -64,7 +64,7 @@ from lora_one.sample import gradient_batches, sample_indices
 from lora_one.tracking import Tracker, check_tensorboard
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
-_data = Memo()
+_data, _weights = Memo(), Memo()
 FAILED, BAD_INPUT, BUSY, INTERRUPTED = 1, 2, 76, 130
 
 
@@ -114,7 +114,8 @@ def load(config: ExperimentConfig, run: Run) -> tuple[Data, LoadedModel]:
     if config.eval.task is not None and not data.texts.test:
         run.processes.say("note: there is no test split, so nothing is tested; give dataset.test_file")
     with run.stage("model"):
-        loaded = load_model(config, tokenizer, run.processes.device)
+        memo = _weights if sweeps.journal().folder is not None else None
+        loaded = load_model(config, tokenizer, run.processes.device, memo)
         run.note_source("model", loaded.summary())
     return data, loaded
 

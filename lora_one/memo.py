@@ -21,10 +21,14 @@ class Memo:
             make: Makes it. The last one is forgotten before.
         """
         if key is None or key != self._key:
-            self._key = self._value = None
+            self.forget()
             value = make()
             if key is None:
                 return value
             self._key, self._value = key, value
         result: T = self._value
         return result
+
+    def forget(self) -> None:
+        """Holds nothing."""
+        self._key = self._value = None

@@ -1,12 +1,19 @@
-"""Memory of tensors, on any device and without an allocator's help."""
+"""Memory: the host's, and that of tensors on any device, without an allocator's help."""
 
+import os
 import weakref
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def free_host_bytes() -> int:
+    """What is free of the host's memory, shared evenly among the processes of a launch on this machine."""
+    return int(psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class LivePeak(TorchDispatchMode):

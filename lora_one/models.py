@@ -1,9 +1,11 @@
 """Models: loading a pretrained model and its tokenizer, and finding the layers to adapt."""
 
+import copy
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ from lora_one.digests import weights_fingerprint
 from lora_one.errors import UserError
 from lora_one.hub import offline_hint
 from lora_one.layers import is_linear, quantisation, settle, shape_OI, why_unsupported
+from lora_one.memo import Memo
+from lora_one.memory import free_host_bytes
 from lora_one.targets import qv_layers
 
 EMBEDDED_MODEL = "embedded/tiny_llama"
 _EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "tiny_llama"
+# A second copy of the weights saves a read of the disk; more than this of the host's memory is not worth it.
+_SHARE_OF_FREE_MEMORY = 0.25
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: ExperimentConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    memo: Memo | None = None,
 ) -> LoadedModel:
     """Loads the pretrained model onto ``device`` and finds its target layers.
 
     Frozen weights are bfloat16 with ``model.bf16``, float16 with ``model.fp16``; trained ones float32.
+
+    Args:
+        config: What to load.
+        tokenizer: Its tokenizer.
+        device: Where it will be trained.
+        memo: Holds the weights as they were read for the next load; each gets a copy of its own.
 
     Raises:
         UserError: If the model cannot be read or has no weights, the device has no bfloat16, no
@@ -113,7 +128,10 @@ def load_model(
     check_precision(config.model, device)
     # Weights that are trained stay in float32: most updates are smaller than bfloat16 can hold.
     low = torch.bfloat16 if config.model.bf16 else torch.float16 if config.model.fp16 else torch.float32
-    model = read_weights(config.model, source, low if config.peft.use_peft else torch.float32)
+    dtype = low if config.peft.use_peft else torch.float32
+    digests = Path(config.cache_dir) / "digests" if config.cache_dir else None
+    fingerprint = weights_fingerprint(Path(source), digests) if Path(source).is_dir() else None
+    model = _copy_of_weights(config.model, source, dtype, fingerprint, memo)
     if config.model.quantization is not None:
         _check_quantised(model, config.model)
     elif config.model.device_map is None:
@@ -124,8 +142,8 @@ def load_model(
     targets = target_names(model, config.peft) if config.peft.use_peft else ()
     if targets:
         check_rank(model, targets, config)
-    digests = Path(config.cache_dir) / "digests" if config.cache_dir else None
-    return LoadedModel(model, tokenizer, source, _fingerprint(model, source, digests), targets)
+    fingerprint = fingerprint or getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model, tokenizer, source, fingerprint, targets)
 
 
 def empty_model(config: ModelConfig) -> Any | None:
@@ -312,6 +330,21 @@ def read_weights(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
         raise UserError(f"model.name={config.name}: {offline_hint(error)}") from error
 
 
+def _copy_of_weights(
+    config: ModelConfig, source: str, dtype: torch.dtype, fingerprint: str | None, memo: Memo | None
+) -> Any:
+    """Reads the weights, or copies what ``memo`` holds of them; training changes what it is given."""
+    if memo is None or config.quantization is not None or config.device_map is not None:
+        return read_weights(config, source, dtype)
+    code = (config.type, config.revision, config.trust_remote_code, config.attn_implementation)
+    model = memo.get((source, fingerprint, dtype, *code), lambda: read_weights(config, source, dtype))
+    size = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    if size > _SHARE_OF_FREE_MEMORY * free_host_bytes():
+        memo.forget()
+        return model
+    return copy.deepcopy(model)
+
+
 def _quantised(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     if config.quantization is None:
         return {}
@@ -341,12 +374,6 @@ def _check_quantised(model: Any, config: ModelConfig) -> None:
                 f"model.quantization=4bit: {name} has {layer.in_features} inputs, which is no multiple of "
                 f"bitsandbytes' block of 64; use model.quantization=8bit, or none with {config.name}"
             )
-
-
-def _fingerprint(model: Any, source: str, digests: Path | None) -> str | None:
-    if not Path(source).is_dir():
-        return getattr(model.config, "_commit_hash", None)
-    return weights_fingerprint(Path(source), digests)
 
 
 def _matching(model: Any, layers: Mapping[str, nn.Module], config: PeftConfig) -> tuple[str, ...]:

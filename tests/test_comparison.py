@@ -28,7 +28,6 @@ from lora_one.comparison.statistics import (
 from lora_one.comparison.verdict import verdict
 from lora_one.config import ModelConfig
 from lora_one.errors import UserError
-from lora_one.memo import Memo
 from lora_one.overrides import normalise_overrides
 from lora_one.summaries import summarise
 from lora_one.sweeps import prepare_engines
@@ -524,31 +523,3 @@ def test_validation_losses_evenly_over_the_training():
 def test_two_rhythms_are_refused(cli):
     done = cli("model.eval_epochs=0.5", "model.eval_points=3", "dry_run=true")
     assert (done.returncode, "leave one out" in done.stderr) == (2, True)
-
-
-def test_a_memo_holds_the_last_thing_only():
-    memo, made = Memo(), []
-
-    def make(name):
-        return lambda: made.append(name) or name
-
-    assert [memo.get(key, make(key)) for key in ("a", "a", "b", "a")] == ["a", "a", "b", "a"]
-    assert made == ["a", "b", "a"]
-    assert [memo.get(None, make("c")), memo.get(None, make("c"))] == ["c", "c"]
-    assert made[3:] == ["c", "c"]
-
-
-def test_a_sweep_reads_its_data_once_and_trains_the_same(cli, tmp_path, monkeypatch):
-    import run_exp
-
-    read = run_exp.prepare_data
-    calls = []
-    monkeypatch.setattr(run_exp, "prepare_data", lambda *a, **k: calls.append(1) or read(*a, **k))
-    short = ("debug=short", "eval.task=null", "init=default")
-    assert cli("-m", *short, "seed=0,1", f"results_dir={tmp_path}/sweep").returncode == 0
-    assert len(calls) == 1
-    assert cli(*short, "seed=1", f"results_dir={tmp_path}/alone").returncode == 0
-    assert len(calls) == 2
-    (alone,) = tmp_path.glob("alone/*/adapter/adapter_model.safetensors")
-    (second,) = tmp_path.glob("sweep/*-s1-*/adapter/adapter_model.safetensors")
-    assert alone.read_bytes() == second.read_bytes()

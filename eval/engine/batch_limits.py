@@ -1,12 +1,10 @@
 """How many tokens a batch may hold, where nobody has said so."""
 
-import os
-
-import psutil
 import torch
 
 from eval.engine.continuous import Limits
 from eval.engine.row_batch import Decoder, Prompt, RowBatch
+from lora_one.memory import free_host_bytes
 
 # Measured on a CPU with scripts/bench_eval.py: 384 rows at once are a quarter faster than 128 that are
 # refilled as they end.
@@ -36,4 +34,4 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return free_host_bytes()
