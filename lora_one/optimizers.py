@@ -139,6 +139,9 @@ class _FactorOptimizer(torch.optim.Optimizer):
         """Gives back the few MB of memory that are kept from step to step."""
         self._workspace = Workspace()
 
+    def _begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Called once a step, with all that ``_update`` will be given in it."""
+
     def _update(self, group: dict[str, Any], parameters: list[Any], gradients: list[Tensor]) -> None:
         """The step of some parameters of one group, device and dtype along these gradients."""
         raise NotImplementedError
@@ -151,12 +154,15 @@ class _FactorOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        batches = group_pairs(self.pairs)
+        batches = group_pairs(
+            self.pairs, lambda pair: (id(group_of[id(pair.A_RI)]), id(group_of[id(pair.B_OR)]))
+        )
+        self._begin_step([p for group in self.param_groups for p in group["params"] if p.grad is not None])
         for groups in batches:
             grams, n_escalated = damped_grams(groups, self.damping, self._stacks)
             self.param_groups[0]["n_escalated"] = self.param_groups[0].get("n_escalated", 0) + n_escalated
-            for factors, gradients in self._preconditioned(groups, grams, group_of):
-                self._step_factors(factors, gradients, group_of)
+            for chunk in self._preconditioned(groups, grams, group_of):
+                self._step_factors(chunk, group_of)
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in self._factors]
             if others and not batches:
@@ -174,12 +180,16 @@ class _FactorOptimizer(torch.optim.Optimizer):
     def _one_by_one(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
-    def _step_factors(self, factors: list[Any], gradients: list[Tensor], group_of: _GroupOf) -> None:
-        in_their_dtype = [
-            gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
-            for factor, gradient in zip(factors, gradients, strict=True)
-        ]
-        self._along(factors, in_their_dtype, group_of)
+    def _step_factors(self, chunk: Chunk, group_of: _GroupOf) -> None:
+        """Both sides at once where they are of one parameter group, since each call has its price."""
+        factors_A, factors_B = [pair.A_RI for pair in chunk.pairs], [pair.B_OR for pair in chunk.pairs]
+        grads_A, grads_B = _cast(chunk.grads_A, factors_A[0]), _cast(chunk.grads_B, factors_B[0])
+        of_A, of_B = group_of[id(factors_A[0])], group_of[id(factors_B[0])]
+        if of_A is of_B and factors_A[0].dtype is factors_B[0].dtype:
+            self._update(of_A, factors_A + factors_B, grads_A + grads_B)
+        else:
+            self._update(of_A, factors_A, grads_A)
+            self._update(of_B, factors_B, grads_B)
 
     def _along(self, parameters: list[Any], gradients: list[Any], group_of: _GroupOf) -> None:
         alike: dict[Any, tuple[list[Any], list[Tensor]]] = {}
@@ -270,10 +280,12 @@ class ScaledAdamW(_FactorOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, pairs, damping, form, defaults)
 
+    def _begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
+        if parameters:
+            torch._foreach_add_([self._state_of(parameter)["step"] for parameter in parameters], 1)
+
     def _update(self, group: dict[str, Any], parameters: list[Any], gradients: list[Tensor]) -> None:
-        states = [self._state_of(parameter) for parameter in parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+        states = [self.state[parameter] for parameter in parameters]
         # What torch's own AdamW calls, without its sorting by device and dtype.
         torch._fused_adamw_(
             parameters,
@@ -281,7 +293,7 @@ class ScaledAdamW(_FactorOptimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            steps,
+            [state["step"] for state in states],
             amsgrad=False,
             lr=group["lr"],
             beta1=group["betas"][0],
@@ -337,14 +349,17 @@ class LoraPro(ScaledAdamW):
             G_OI = self._adam(pair.B_OR, s * (part.B @ grad_A_RI + grad_B_OR @ part.A), group)
             grad_A_RI, grad_B_OR = part.B.T @ G_OI / s, G_OI @ part.A.T / s
             back = mixing(own, "sylvester", grad_A_RI @ part.A.T, part.B.T @ grad_B_OR)
-            directions = back.of_A(part.A, grad_A_RI), back.of_B(part.B, grad_B_OR)
-            yield [pair.A_RI, pair.B_OR], list(directions)
+            yield Chunk([pair], [back.of_A(part.A, grad_A_RI)], [back.of_B(part.B, grad_B_OR)])
 
-    def _step_factors(self, factors: list[Any], gradients: list[Tensor], group_of: _GroupOf) -> None:
-        for factor, direction in zip(factors, gradients, strict=True):
-            group = group_of[id(factor)]
-            factor.mul_(1 - group["lr"] * group["weight_decay"])
-            factor.add_(direction.to(factor.dtype), alpha=-group["lr"])
+    def _begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
+        super()._begin_step([parameter for parameter in parameters if id(parameter) not in self._factors])
+
+    def _step_factors(self, chunk: Chunk, group_of: _GroupOf) -> None:
+        for pair, grad_A_RI, grad_B_OR in zip(*chunk, strict=True):
+            for factor, direction in ((pair.A_RI, grad_A_RI), (pair.B_OR, grad_B_OR)):
+                group = group_of[id(factor)]
+                factor.mul_(1 - group["lr"] * group["weight_decay"])
+                factor.add_(direction.to(factor.dtype), alpha=-group["lr"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the moments of factors keep their float32."""
@@ -373,6 +388,13 @@ class LoraPro(ScaledAdamW):
         step = float(state["step"])
         root_OI = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return (first / (1 - beta1**step)).div_(root_OI)
+
+
+def _cast(gradients: Sequence[Tensor], factor: nn.Parameter) -> list[Tensor]:
+    """Float32 gradients in the factor's own precision."""
+    if factor.dtype is torch.float32:
+        return list(gradients)
+    return [gradient.to(factor.dtype) for gradient in gradients]
 
 
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {

@@ -14,7 +14,7 @@ between the factors in different ways.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,8 +28,8 @@ PAPER_DAMPING, LORA_PRO_DAMPING = 1e-6, 1e-8
 
 # Below this share of its diagonal entry, a pivot is mostly float32's rounding.
 _SMALLEST_PIVOT = 1e-6
-# Numbers in a chunk: 256 KiB of preconditioned gradients, or one pair, stay in the cache until they are used.
-_CHUNK = 2**16
+# Numbers in a chunk: 1 MiB of preconditioned gradients, or one pair, stay in the cache until they are used.
+_CHUNK = 2**18
 
 
 class FactorPair(NamedTuple):
@@ -41,8 +41,14 @@ class FactorPair(NamedTuple):
     scaling: float
 
 
-def group_pairs(pairs: Sequence[FactorPair]) -> list[list[list[FactorPair]]]:
+def group_pairs(
+    pairs: Sequence[FactorPair], kind: Callable[[FactorPair], Hashable] = lambda pair: None
+) -> list[list[list[FactorPair]]]:
     """The pairs that have gradients, by rank and device (one batch of r x r systems), within that by shape.
+
+    Args:
+        pairs: All of them.
+        kind: What pairs of one shape have in common too.
 
     Raises:
         UserError: If only one of two factors has a gradient, or factors are fp16.
@@ -60,7 +66,8 @@ def group_pairs(pairs: Sequence[FactorPair]) -> list[list[list[FactorPair]]]:
             )
         if A_RI.grad is not None:
             groups = batches.setdefault((len(A_RI), A_RI.device), {})
-            groups.setdefault((A_RI.shape, B_OR.shape, A_RI.dtype, B_OR.dtype), []).append(pair)
+            alike = A_RI.shape, B_OR.shape, A_RI.dtype, B_OR.dtype, kind(pair)
+            groups.setdefault(alike, []).append(pair)
     return [list(groups.values()) for groups in batches.values()]
 
 
@@ -237,7 +244,12 @@ class Workspace:
         return self._buffers[key]
 
 
-Chunk = tuple[list[nn.Parameter], list[Tensor]]
+class Chunk(NamedTuple):
+    """Some pairs of one group, and the preconditioned gradients of their factors, float32."""
+
+    pairs: Sequence[FactorPair]
+    grads_A: Sequence[Tensor]
+    grads_B: Sequence[Tensor]
 
 
 def preconditioned(
@@ -248,7 +260,7 @@ def preconditioned(
     *,
     one_by_one: bool,
 ) -> Iterator[Chunk]:
-    """Factors and their preconditioned gradients, float32, a few at a time.
+    """The preconditioned gradients, a few pairs at a time.
 
     Each chunk has to be used before the next is asked for: on a CPU its memory is used again.
 
@@ -269,8 +281,7 @@ def preconditioned(
             yield from _by_chunks(parts, mixed.of_each(), workspace)
         else:
             ((_, A, B, grad_A, grad_B),) = parts
-            of_each = zip(mixed.of_A(A, grad_A).unbind(), mixed.of_B(B, grad_B).unbind(), strict=True)
-            yield _factors(group), [gradient for both in of_each for gradient in both]
+            yield Chunk(group, mixed.of_A(A, grad_A).unbind(), mixed.of_B(B, grad_B).unbind())
 
 
 def _by_chunks(parts: Sequence[Part], mixed: Sequence[Mixing], workspace: Workspace) -> Iterator[Chunk]:
@@ -278,14 +289,15 @@ def _by_chunks(parts: Sequence[Part], mixed: Sequence[Mixing], workspace: Worksp
     n = max(1, min(len(parts), _CHUNK // (parts[0].grad_A.numel() + parts[0].grad_B.numel())))
     buffers = workspace.like(parts[0], n)
     for first in range(0, len(parts), n):
-        some, gradients = parts[first : first + n], []
-        for (_, A, B, grad_A, grad_B), own, (out_A, out_B) in zip(some, mixed[first:], buffers, strict=False):
-            gradients += [own.of_A(A, grad_A, out_A), own.of_B(B, grad_B, out_B)]
-        yield _factors([pair for part in some for pair in part.pairs]), gradients
-
-
-def _factors(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
-    return [factor for pair in pairs for factor in (pair.A_RI, pair.B_OR)]
+        pairs: list[FactorPair] = []
+        outs = buffers[: len(parts) - first]
+        for part, own, (out_A, out_B) in zip(
+            parts[first : first + n], mixed[first : first + n], outs, strict=True
+        ):
+            own.of_A(part.A, part.grad_A, out_A)
+            own.of_B(part.B, part.grad_B, out_B)
+            pairs += part.pairs
+        yield Chunk(pairs, *zip(*outs, strict=True))
 
 
 def solve_sylvester(M: Tensor, N: Tensor, C: Tensor) -> Tensor:
@@ -303,7 +315,7 @@ def float32(tensor: Tensor) -> Tensor:
 
 def _tensors(pair: FactorPair) -> tuple[Tensor, ...]:
     assert pair.A_RI.grad is not None and pair.B_OR.grad is not None
-    return pair.A_RI.data, pair.B_OR.data, pair.A_RI.grad, pair.B_OR.grad
+    return pair.A_RI, pair.B_OR, pair.A_RI.grad, pair.B_OR.grad
 
 
 def _products_with_gradients(parts: Sequence[Part], grams: Grams) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,10 @@ def precondition_(
         grams, more = damped_grams(groups, damping)
         n_escalated += more
         with torch.no_grad():
-            for factors, gradients in preconditioned(groups, grams, form, Workspace(), one_by_one=one_by_one):
-                for factor, gradient in zip(factors, gradients, strict=True):
-                    factor.grad = gradient.to(factor.dtype, copy=True)
+            for chunk in preconditioned(groups, grams, form, Workspace(), one_by_one=one_by_one):
+                for pair, grad_A, grad_B in zip(*chunk, strict=True):
+                    pair.A_RI.grad = grad_A.to(pair.A_RI.dtype, copy=True)
+                    pair.B_OR.grad = grad_B.to(pair.B_OR.dtype, copy=True)
     return n_escalated
 
 
