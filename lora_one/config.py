@@ -82,8 +82,8 @@ class ModelConfig(Section):
     per_device_batch_size: int | None = Field(
         None, ge=1, description="examples of a micro-batch, instead of max_tokens_per_device"
     )
-    packing: bool = Field(
-        False, description="micro-batches in one row without padding; meant for flash attention"
+    packing: bool | None = Field(
+        None, description="micro-batches in one row without padding; null: on a CPU, where it saves time"
     )
     real_batch_size: int = Field(32, ge=1, description="examples per optimiser step, all devices")
     bf16: bool = Field(False, description="frozen weights and arithmetic in bfloat16")

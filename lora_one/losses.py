@@ -10,6 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from lora_one.data.batches import Batch
 
+# The attention of a model that takes packed rows example by example; ``packing`` has it.
+BY_EXAMPLE = "sdpa_by_example"
+
 
 def weighted_loss(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy of a micro-batch, each target token times its weight.
@@ -26,9 +29,15 @@ def weighted_loss(model: Any, batch: Batch) -> Tensor:
         A float32 scalar.
     """
     inner = getattr(model, "module", model)
-    inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "position_ids")}
+    inputs: dict[str, Any] = {
+        name: tensor for name, tensor in batch.items() if name in ("input_ids", "position_ids")
+    }
     if inner.config.is_encoder_decoder:
         inputs = pair_inputs(inner, batch)
+    if "lengths" in batch and inner.config._attn_implementation == BY_EXAMPLE:
+        # No mask has to be made: one of four dimensions goes to the attention as it is.
+        no_mask = torch.zeros(1, 1, 1, 1, device=batch["input_ids"].device)
+        inputs |= {"attention_mask": no_mask, "packed_lengths": batch["lengths"].tolist()}
     positions_N = batch["positions"]
     with _head_only_at(inner.get_output_embeddings(), positions_N) as is_told:
         logits_NV = model(**inputs, use_cache=False).logits.flatten(0, -2)
@@ -71,5 +80,5 @@ def _head_only_at(head: Any, positions_N: Tensor) -> Iterator[Callable[[], bool]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    """The batch on ``device``, but for the lengths, which are read by the host."""
+    return {name: tensor if name == "lengths" else tensor.to(device) for name, tensor in batch.items()}

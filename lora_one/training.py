@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from lora_one.budget import check_packing, micro_batch_limits
+from lora_one.budget import micro_batch_limits
 from lora_one.callbacks import AdaLora, EarlyStopping, KeepBest, Log, Progress, PruneAbove, best_step
 from lora_one.checkpoints import broken_file, last_checkpoint, partial_folder, step_of, whole_checkpoint
 from lora_one.config import ExperimentConfig, ModelConfig
@@ -27,6 +27,7 @@ from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
 from lora_one.modes import in_mode
 from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
+from lora_one.packing import attending_by_example, shall_pack
 from lora_one.processes import Processes
 from lora_one.steps import Steps
 from lora_one.tracking import MetricsFile, Tracker
@@ -129,10 +130,9 @@ def train(
             "give it the whole model, or write the loop yourself as docs/scaling.md says"
         )
     settle(model)
-    if config.model.packing:
-        check_packing(model, train_examples, pad_id, processes.device)
+    packed = shall_pack(model, config.model, train_examples, pad_id, processes)
     plan = plan_training(len(train_examples), config.model)
-    limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes)
+    limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes, packed=packed)
     sampler = _sampler(train_examples, limits, config, processes)
     checkpoint = processes.from_main(last_checkpoint(folder, processes.say))
     resumed_from = step_of(checkpoint) if checkpoint else 0
@@ -169,7 +169,8 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with stop.deferring(), closing(progress), faster(model, config.model):
+        by_example = attending_by_example(model) if packed else nullcontext()
+        with stop.deferring(), closing(progress), faster(model, config.model), by_example:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if processes.is_main and not stop.stopped and not _pruned(callbacks):
                 write_text(done_file, json.dumps({"step": trainer.state.global_step}))

@@ -7,7 +7,7 @@
 Compared, each over whole optimiser steps of 32 examples with AdamW and LoRA on all linear layers:
 
     ours         training as in run_exp.py
-    packed       the same with model.packing=true
+    padded       the same with model.packing=false
     published    Hugging Face's Trainer and PEFT, 1 example a device, 32 accumulated, as published
     grouped      the same, 32 examples at once, grouped by length
     grouped 8    the same, 8 examples, 4 times accumulated
@@ -182,7 +182,7 @@ def limit(case: Case, examples: Sequence[Encoded]) -> int:
 
 METHODS: dict[str, Method] = {
     "ours": ours(),
-    "packed": ours(packing=True),
+    "padded": ours(packing=False),
     "published": plain(1, grouped=False),
     "grouped": plain(REAL_BATCH, grouped=True),
     "grouped 8": plain(8, grouped=True),

@@ -50,12 +50,18 @@ def test_one_example_is_tried_in_any_case_and_there_is_an_end():
     [
         ({}, Limits(max_tokens=512 * min(32, torch.get_num_threads()))),
         ({"max_tokens_per_device": 70}, Limits(max_tokens=70)),
-        ({"per_device_batch_size": 3, "packing": True}, Limits(max_examples=3, packed=True)),
+        ({"per_device_batch_size": 3}, Limits(max_examples=3)),
     ],
 )
 def test_what_is_given_is_taken(settings, expected):
     config = ModelConfig.model_validate({"name": "x"} | settings)
     assert micro_batch_limits(None, config, random_examples(3), 0, ALONE) == expected
+
+
+def test_packed_rows_are_longer():
+    config, threads = ModelConfig(name="x"), min(16, torch.get_num_threads())
+    limits = micro_batch_limits(None, config, random_examples(3), 0, ALONE, packed=True)
+    assert limits == Limits(max_tokens=1024 * threads, packed=True)
 
 
 def limits_as_rank(results: str) -> None:

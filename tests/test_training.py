@@ -77,11 +77,16 @@ def fit_as_rank(folder: str) -> None:
     fit(Path(folder), config(max_tokens_per_device=40), processes=start_processes())
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path):
+def fit_packed_as_rank(folder: str) -> None:
+    fit(Path(folder), config(max_tokens_per_device=40, packing=True), processes=start_processes())
+
+
+@pytest.mark.parametrize("as_rank", [fit_as_rank, fit_packed_as_rank])
+def test_two_processes_give_the_curve_of_one(tmp_path, as_rank):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     fit(tmp_path / "one", config(per_device_batch_size=2))
-    on_two_processes(fit_as_rank, str(tmp_path / "two"))
+    on_two_processes(as_rank, str(tmp_path / "two"))
     for figure, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
         two, one = curve(tmp_path / "two", figure), curve(tmp_path / "one", figure)
         np.testing.assert_allclose(two, one, rtol=tolerance)

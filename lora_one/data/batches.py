@@ -122,8 +122,8 @@ def collate(slots: Sequence[tuple[Encoded, float]], pad_id: int, *, packed: bool
         ``input_ids``, ``attention_mask`` (B, T) int64, right-padded; ``labels`` of the same shape, or with
         pairs (B, T of the decoder); ``positions`` (N,) int64, the places in the flattened output whose
         prediction is judged; ``targets`` (N,) int64, the tokens they should predict; ``weights`` (N,)
-        float32. Packed, B is 1 and ``position_ids`` (1, T), starting again at every example, is there instead
-        of a mask.
+        float32. Packed, B is 1, and instead of a mask there are ``position_ids`` (1, T), starting again at
+        every example, and ``lengths`` of the examples, int64.
     """
     examples = [example for example, _ in slots]
     is_pair = examples[0].is_pair
@@ -149,6 +149,7 @@ def collate(slots: Sequence[tuple[Encoded, float]], pad_id: int, *, packed: bool
     }
     lengths = [len(ids) for ids in inputs]
     if packed:
+        batch["lengths"] = torch.tensor(lengths)
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     else:
         places = np.arange(inputs_BT.shape[1])

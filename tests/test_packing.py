@@ -1,0 +1,132 @@
+"""Packed rows that are attended example by example: the same sums as of each example alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_examples, small_llama
+from test_data import CAUSAL, small_causal, split_loss
+from test_training import adapted_llama, config, curve, fit
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
+
+from lora_one import packing, training
+from lora_one.config import ModelConfig
+from lora_one.data.batches import Limits
+from lora_one.errors import UserError
+from lora_one.losses import BY_EXAMPLE
+from lora_one.processes import Processes
+
+PACKED, PADDED = Limits(max_tokens=64, packed=True), Limits(max_examples=1)
+ALONE = Processes(0, 1, torch.device("cpu"))
+WITH_SDPA = sorted(CAUSAL.keys() - {"bloom", "gemma2"})
+
+
+def loss_and_gradients(model, limits):
+    model.zero_grad()
+    loss = split_loss(model, random_examples(9), limits, "sample")
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", WITH_SDPA)  # two of them with windows shorter than the examples
+def test_every_example_is_attended_alone(kind, checkpointing, monkeypatch):
+    model = small_causal(kind).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():  # checkpointing is for training only, and masks would differ
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    expected, grads = loss_and_gradients(model, PADDED)
+    lengths = []
+    real = packing.sdpa_attention_forward
+    monkeypatch.setattr(
+        packing, "sdpa_attention_forward", lambda *a, **k: lengths.append(a[1].shape[2]) or real(*a, **k)
+    )
+    with packing.attending_by_example(model):
+        assert model.config._attn_implementation == BY_EXAMPLE
+        found, packed_grads = loss_and_gradients(model, PACKED)
+    assert max(lengths) == max(len(example.ids) for example in random_examples(9))
+    assert model.config._attn_implementation == "sdpa"
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert packed_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(packed_grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_are_not_packed_are_masked_as_before():
+    model = small_llama()
+    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    with packing.attending_by_example(model):
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+def test_another_attention_is_left_alone():
+    model = small_causal("llama", "eager")
+    with packing.attending_by_example(model):
+        assert model.config._attn_implementation == "eager"
+
+
+def long_examples(n):
+    return [
+        replace(example, ids=np.resize(example.ids, 130 + 3 * k))
+        for k, example in enumerate(random_examples(n))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "packed"),
+    [
+        ({}, random_examples(6), False),
+        ({}, long_examples(6), True),
+        ({"packing": False}, long_examples(6), False),
+        ({"packing": True}, random_examples(6), True),
+        ({"compile": True}, long_examples(6), False),
+    ],
+    ids=["short", "long", "never", "always", "compiled"],
+)
+def test_what_is_packed_unasked(settings, examples, packed):
+    chosen = ModelConfig.model_validate({"name": "x"} | settings)
+    assert packing.shall_pack(small_causal_long(), chosen, examples, 0, ALONE) is packed
+
+
+def small_causal_long():
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+
+
+def test_only_exact_sums_are_packed_unasked(monkeypatch):
+    """A model whose examples see each other: attention that takes no notice of where one ends."""
+
+    def careless(module, query, key, value, mask, *, packed_lengths=None, **settings):
+        return sdpa_attention.sdpa_attention_forward(module, query, key, value, None, **settings)
+
+    packing.AttentionInterface.register(BY_EXAMPLE, careless)
+    try:
+        model, examples = small_causal_long(), long_examples(6)
+        assert not packing.shall_pack(model, ModelConfig(name="x"), examples, 0, ALONE)
+        with pytest.raises(UserError, match=r"model\.packing=true: llama with sdpa attention does not keep"):
+            packing.shall_pack(model, ModelConfig(name="x", packing=True), examples, 0, ALONE)
+    finally:
+        packing.AttentionInterface.register(BY_EXAMPLE, packing._attend)
+
+
+def test_a_training_packs_and_gives_the_same_curve(tmp_path, monkeypatch):
+    seen = []
+    real = training.collate_slots
+    monkeypatch.setattr(training, "collate_slots", lambda *a, **k: seen.append(k["packed"]) or real(*a, **k))
+    curves = []
+    for packed in (False, True):
+        folder = tmp_path / str(packed)
+        folder.mkdir()
+        model, _ = fit(folder, config(packing=packed), adapted_llama())
+        assert model.config._attn_implementation == "sdpa"
+        curves.append(curve(folder))
+    assert set(seen) == {False, True}
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
