@@ -169,7 +169,8 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        by_example = attending_by_example(model) if packed else nullcontext()
+        # Compiled blocks would be compiled for each set of lengths.
+        by_example = attending_by_example(model) if packed and not config.model.compile else nullcontext()
         with stop.deferring(), closing(progress), faster(model, config.model), by_example:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if processes.is_main and not stop.stopped and not _pruned(callbacks):
