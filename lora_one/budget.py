@@ -1,7 +1,6 @@
 """How many tokens one micro-batch should hold, where nobody has said so."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from lora_one.data.batches import Limits, collate
 from lora_one.data.encoding import Encoded
 from lora_one.losses import to_device, weighted_loss
 from lora_one.modes import in_mode
-from lora_one.packing import attending_by_example
+from lora_one.packing import Packing, attending
 from lora_one.processes import Processes
 
 # A thousand or two on two cores are faster than half or twice as many: scripts/bench_training.py --budgets.
@@ -32,7 +31,7 @@ def micro_batch_limits(
     pad_id: int,
     processes: Processes,
     *,
-    packed: bool = False,
+    packing: Packing = Packing.NONE,
 ) -> Limits:
     """What ``model.per_device_batch_size`` or ``model.max_tokens_per_device`` say, or else what fits.
 
@@ -42,12 +41,13 @@ def micro_batch_limits(
         examples: The training split.
         pad_id: Padding token.
         processes: All use the smallest of what they find.
-        packed: Whether micro-batches will be.
+        packing: How the examples of a micro-batch will stand together.
     """
+    packed = packing is not Packing.NONE
     if config.per_device_batch_size is not None:
         return Limits(max_examples=config.per_device_batch_size, packed=packed)
     found = config.max_tokens_per_device or _what_suits(
-        model, config, examples, pad_id, processes.device, packed
+        model, config, examples, pad_id, processes.device, packing
     )
     return Limits(max_tokens=min(processes.gather([found])), packed=packed)
 
@@ -58,20 +58,20 @@ def _what_suits(
     examples: Sequence[Encoded],
     pad_id: int,
     device: torch.device,
-    packed: bool,
+    packing: Packing,
 ) -> int:
+    packed = packing is not Packing.NONE
     if device.type == "cpu":
         per_thread = _PACKED_TOKENS_PER_THREAD if packed else _TOKENS_PER_THREAD
         return min(_MOST_TOKENS, per_thread * torch.get_num_threads())
     # Several devices fill up differently, and the mask of a packed row grows with its square.
-    attention = model.config._attn_implementation
-    grows_evenly = not packed or attention == "sdpa" or "flash" in attention
-    if device.type != "cuda" or config.device_map is not None or not grows_evenly:
+    has_mask = packing is Packing.BY_MODEL and "flash" not in model.config._attn_implementation
+    if device.type != "cuda" or config.device_map is not None or has_mask:
         return _UNMEASURED_TOKENS
     longest = max(examples, key=lambda example: len(example.ids))
     if not longest.is_pair:
         longest = replace(longest, n_prompt=1)  # the head takes most where all tokens are targets
-    with in_mode(model, training=True), attending_by_example(model) if packed else nullcontext():
+    with in_mode(model, training=True), attending(model, packing):
         _peak_bytes(
             model, longest, 1, config, pad_id, device, packed
         )  # libraries take memory of their own once

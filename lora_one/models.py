@@ -335,6 +335,8 @@ def _copy_of_weights(
 ) -> Any:
     """Reads the weights, or copies what ``memo`` holds of them; training changes what it is given."""
     if memo is None or config.quantization is not None or config.device_map is not None:
+        if memo is not None:
+            memo.forget()
         return read_weights(config, source, dtype)
     code = (config.type, config.revision, config.trust_remote_code, config.attn_implementation)
     model = memo.get((source, fingerprint, dtype, *code), lambda: read_weights(config, source, dtype))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_one.config import ModelConfig
-from lora_one.data.batches import Batch, collate
+from lora_one.data.batches import collate
 from lora_one.data.encoding import Encoded
 from lora_one.errors import UserError
 from lora_one.losses import BY_EXAMPLE, to_device, weighted_loss
@@ -22,6 +23,20 @@ from lora_one.processes import Processes
 
 # Tokens of a mean example. Much shorter ones cost more in calls, one for each, than padding does.
 _WORTH_TOKENS = 64
+
+
+class Packing(Enum):
+    """How the examples of a micro-batch stand together.
+
+    Attributes:
+        NONE: One below the other, padded.
+        BY_EXAMPLE: In one row, each given to SDPA on its own.
+        BY_MODEL: In one row, which the model's attention finds out from the positions.
+    """
+
+    NONE = "padded"
+    BY_EXAMPLE = "by example"
+    BY_MODEL = "by model"
 
 
 def _attend(
@@ -59,42 +74,53 @@ AttentionMaskInterface.register(BY_EXAMPLE, sdpa_mask)
 
 
 @contextmanager
-def attending_by_example(model: Any) -> Iterator[None]:
-    """Inside, a model with SDPA attention takes packed rows example by example.
-
-    Another attention has its own way: flash attention reads the positions, the others are given a mask.
-    """
-    has_sdpa = model.config._attn_implementation == "sdpa"
-    if has_sdpa:
-        model.set_attn_implementation(BY_EXAMPLE)
+def attending(model: Any, packing: Packing) -> Iterator[None]:
+    """Inside, a model with SDPA attention takes packed rows example by example, where that is the packing."""
+    if packing is not Packing.BY_EXAMPLE:
+        yield
+        return
+    before = {"": model.config._attn_implementation} | {
+        name: getattr(model.config, name)._attn_implementation
+        for name in model.config.sub_configs
+        if getattr(model.config, name, None) is not None
+    }
+    model.set_attn_implementation(BY_EXAMPLE)
     try:
         yield
     finally:
-        if has_sdpa:
-            model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(before)
 
 
-def shall_pack(
+def choose_packing(
     model: Any, config: ModelConfig, examples: Sequence[Encoded], pad_id: int, processes: Processes
-) -> bool:
-    """What ``model.packing`` says; where it says nothing, whether packing is exact and saves time.
+) -> Packing:
+    """The packing of ``model.packing``; where it says nothing, what is exact and saves time.
 
     Raises:
-        UserError: If packing is asked for, and a packed example's loss is not its own.
+        UserError: If packing is asked for, and in no way a packed example's loss is its own.
     """
-    wanted = config.packing
-    if wanted is None:
-        wanted = _may_save_time(model, config, examples, processes)
-    if not wanted:
-        return False
-    is_exact = all(processes.gather([_is_exact(model, examples, pad_id, processes.device)]))
-    if config.packing and not is_exact:
-        kind, attention = model.config.model_type, model.config._attn_implementation
-        raise UserError(
-            f"model.packing=true: {kind} with {attention} attention does not keep packed examples apart; "
-            "use model.packing=false, or another model.attn_implementation"
-        )
-    return is_exact
+    if config.packing is None:
+        if _may_save_time(model, config, examples, processes) and _is_exact_everywhere(
+            model, Packing.BY_EXAMPLE, examples, pad_id, processes
+        ):
+            return Packing.BY_EXAMPLE
+        return Packing.NONE
+    if not config.packing:
+        return Packing.NONE
+    for packing in _ways(model, config):
+        if _is_exact_everywhere(model, packing, examples, pad_id, processes):
+            return packing
+    raise UserError(
+        f"model.packing=true: {model.config.model_type} with {model.config._attn_implementation} attention "
+        "does not keep packed examples apart; use model.packing=false, or another model.attn_implementation"
+    )
+
+
+def _ways(model: Any, config: ModelConfig) -> list[Packing]:
+    """The ways that may pack, the cheapest first."""
+    # Compiled blocks would be compiled for each set of lengths.
+    by_example = model.config._attn_implementation == "sdpa" and not config.compile
+    return [Packing.BY_EXAMPLE] * by_example + [Packing.BY_MODEL]
 
 
 def _may_save_time(
@@ -110,19 +136,34 @@ def _may_save_time(
     )
 
 
+def _is_exact_everywhere(
+    model: Any, packing: Packing, examples: Sequence[Encoded], pad_id: int, processes: Processes
+) -> bool:
+    try:
+        with attending(model, packing):
+            is_exact = _is_exact(model, examples, pad_id, processes.device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the model takes no such rows
+        is_exact = False
+    return all(processes.gather([is_exact]))
+
+
 @torch.no_grad()
 def _is_exact(model: Any, examples: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
-    """Whether a packed example's loss is its own, and does not depend on its neighbour."""
-    neighbour, example = max(examples, key=lambda example: len(example.ids)), examples[-1]
-    backwards = replace(neighbour, ids=neighbour.ids[::-1].copy())
-    slot = (example, 1.0 / example.n_target)
-    batches: list[Batch] = [
-        collate([(first, 0.0), slot], pad_id, packed=True) for first in (neighbour, backwards)
-    ]
-    with in_mode(model, training=False), attending_by_example(model):
-        one, other, alone = (
-            weighted_loss(model, to_device(batch, device)).item()
-            for batch in (*batches, collate([slot], pad_id))
-        )
+    """Whether a packed example's loss is its own, and does not depend on its neighbour; the longest's too."""
+    longest, last = max(examples, key=lambda example: len(example.ids)), examples[-1]
     rounding = 1e-4 if model.dtype == torch.float32 else 2e-2
-    return math.isclose(one, other, rel_tol=1e-6) and math.isclose(one, alone, rel_tol=rounding)
+    with in_mode(model, training=False):
+        for neighbour, example in ((longest, last), (last, longest)):
+            backwards = replace(neighbour, ids=neighbour.ids[::-1].copy())
+            slot = (example, 1.0 / example.n_target)
+            batches = [collate([(first, 0.0), slot], pad_id, packed=True) for first in (neighbour, backwards)]
+            one, other, alone = (
+                weighted_loss(model, to_device(batch, device)).item()
+                for batch in (*batches, collate([slot], pad_id))
+            )
+            is_own = math.isclose(one, alone, rel_tol=rounding)
+            if not (is_own and math.isclose(one, other, rel_tol=1e-6)):
+                return False
+    return True

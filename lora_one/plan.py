@@ -139,11 +139,10 @@ def _data(config: ExperimentConfig, world_size: int) -> list[tuple[str, str]]:
 
 def _micro_batches(config: ExperimentConfig) -> str:
     model = config.model
-    if model.per_device_batch_size is not None:
-        return str(Limits(max_examples=model.per_device_batch_size, packed=bool(model.packing)))
-    if model.max_tokens_per_device is not None:
-        return str(Limits(max_tokens=model.max_tokens_per_device, packed=bool(model.packing)))
-    return "as many tokens as suit the device" + ", packed" * bool(model.packing)
+    packed = ", packed where that saves time" if model.packing is None else ", packed" * model.packing
+    if model.per_device_batch_size is None and model.max_tokens_per_device is None:
+        return "as many tokens as suit the device" + packed
+    return str(Limits(model.max_tokens_per_device, model.per_device_batch_size)) + packed
 
 
 def row_counts(dataset: DatasetConfig) -> dict[str, int | None]:

@@ -27,7 +27,7 @@ from lora_one.layers import settle
 from lora_one.losses import to_device, weighted_loss
 from lora_one.modes import in_mode
 from lora_one.optimizers import loraplus_optimizer, n_escalated, optimizer_class
-from lora_one.packing import attending_by_example, shall_pack
+from lora_one.packing import attending, choose_packing
 from lora_one.processes import Processes
 from lora_one.steps import Steps
 from lora_one.tracking import MetricsFile, Tracker
@@ -130,9 +130,10 @@ def train(
             "give it the whole model, or write the loop yourself as docs/scaling.md says"
         )
     settle(model)
-    packed = shall_pack(model, config.model, train_examples, pad_id, processes)
+    packing = choose_packing(model, config.model, train_examples, pad_id, processes)
     plan = plan_training(len(train_examples), config.model)
-    limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes, packed=packed)
+    limits = micro_batch_limits(model, config.model, train_examples, pad_id, processes, packing=packing)
+    processes.say(f"micro-batches of {limits}")
     sampler = _sampler(train_examples, limits, config, processes)
     checkpoint = processes.from_main(last_checkpoint(folder, processes.say))
     resumed_from = step_of(checkpoint) if checkpoint else 0
@@ -169,9 +170,8 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        # Compiled blocks would be compiled for each set of lengths.
-        by_example = attending_by_example(model) if packed and not config.model.compile else nullcontext()
-        with stop.deferring(), closing(progress), faster(model, config.model), by_example:
+        compute = faster(model, config.model)
+        with stop.deferring(), closing(progress), compute, attending(model, packing):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if processes.is_main and not stop.stopped and not _pruned(callbacks):
                 write_text(done_file, json.dumps({"step": trainer.state.global_step}))

@@ -13,6 +13,7 @@ from lora_one.data.batches import Limits, collate
 from lora_one.data.encoding import Encoded
 from lora_one.losses import weighted_loss
 from lora_one.memory import LivePeak
+from lora_one.packing import Packing
 from lora_one.processes import start_processes
 
 
@@ -60,7 +61,7 @@ def test_what_is_given_is_taken(settings, expected):
 
 def test_packed_rows_are_longer():
     config, threads = ModelConfig(name="x"), min(16, torch.get_num_threads())
-    limits = micro_batch_limits(None, config, random_examples(3), 0, ALONE, packed=True)
+    limits = micro_batch_limits(None, config, random_examples(3), 0, ALONE, packing=Packing.BY_EXAMPLE)
     assert limits == Limits(max_tokens=1024 * threads, packed=True)
 
 

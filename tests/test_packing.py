@@ -8,7 +8,7 @@ import torch
 from conftest import random_examples, small_llama
 from test_data import CAUSAL, small_causal, split_loss
 from test_training import adapted_llama, config, curve, fit
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations import sdpa_attention
 
 from lora_one import packing, training
@@ -16,6 +16,7 @@ from lora_one.config import ModelConfig
 from lora_one.data.batches import Limits
 from lora_one.errors import UserError
 from lora_one.losses import BY_EXAMPLE
+from lora_one.packing import Packing, choose_packing
 from lora_one.processes import Processes
 
 PACKED, PADDED = Limits(max_tokens=64, packed=True), Limits(max_examples=1)
@@ -46,7 +47,7 @@ def test_every_example_is_attended_alone(kind, checkpointing, monkeypatch):
     monkeypatch.setattr(
         packing, "sdpa_attention_forward", lambda *a, **k: lengths.append(a[1].shape[2]) or real(*a, **k)
     )
-    with packing.attending_by_example(model):
+    with packing.attending(model, Packing.BY_EXAMPLE):
         assert model.config._attn_implementation == BY_EXAMPLE
         found, packed_grads = loss_and_gradients(model, PACKED)
     assert max(lengths) == max(len(example.ids) for example in random_examples(9))
@@ -61,13 +62,14 @@ def test_rows_that_are_not_packed_are_masked_as_before():
     model = small_llama()
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     expected = model(input_ids=ids, attention_mask=mask).logits
-    with packing.attending_by_example(model):
+    with packing.attending(model, Packing.BY_EXAMPLE):
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
 
 
 def test_another_attention_is_left_alone():
     model = small_causal("llama", "eager")
-    with packing.attending_by_example(model):
+    assert chosen(model, {"packing": True}, random_examples(6)) is Packing.BY_MODEL
+    with packing.attending(model, Packing.BY_MODEL):
         assert model.config._attn_implementation == "eager"
 
 
@@ -79,26 +81,75 @@ def long_examples(n):
 
 
 @pytest.mark.parametrize(
-    ("settings", "examples", "packed"),
+    ("settings", "examples", "expected"),
     [
-        ({}, random_examples(6), False),
-        ({}, long_examples(6), True),
-        ({"packing": False}, long_examples(6), False),
-        ({"packing": True}, random_examples(6), True),
-        ({"compile": True}, long_examples(6), False),
+        ({}, random_examples(6), Packing.NONE),
+        ({}, long_examples(6), Packing.BY_EXAMPLE),
+        ({"packing": False}, long_examples(6), Packing.NONE),
+        ({"packing": True}, random_examples(6), Packing.BY_EXAMPLE),
+        ({"compile": True}, long_examples(6), Packing.NONE),
+        ({"compile": True, "packing": True}, long_examples(6), Packing.BY_MODEL),
     ],
-    ids=["short", "long", "never", "always", "compiled"],
+    ids=["short", "long", "never", "always", "compiled", "compiled-always"],
 )
-def test_what_is_packed_unasked(settings, examples, packed):
-    chosen = ModelConfig.model_validate({"name": "x"} | settings)
-    assert packing.shall_pack(small_causal_long(), chosen, examples, 0, ALONE) is packed
+def test_what_is_packed(settings, examples, expected):
+    assert chosen(causal_for_long("llama"), settings, examples) is expected
 
 
-def small_causal_long():
+def chosen(model, settings, examples):
+    config = ModelConfig.model_validate({"name": "x"} | settings)
+    return choose_packing(model, config, examples, 0, ALONE)
+
+
+def causal_for_long(kind, **special):
     torch.manual_seed(0)
-    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    settings |= {"num_attention_heads": 2, "max_position_embeddings": 256}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | special))
+
+
+# Attention of these is not told of windows or chunks, or the router's loss wants a mask of two dimensions.
+EXPERTS = {"num_local_experts": 2, "output_router_logits": True}
+NOT_BY_EXAMPLE = {
+    "llama4_text": {"attention_chunk_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 2}
+    | {"head_dim": 16, "no_rope_layers": [1, 1]},
+    "doge": {"sliding_window": 16},
+    "mixtral": EXPERTS,
+    "jetmoe": EXPERTS | {"kv_channels": 16},
+}
+
+
+@pytest.mark.parametrize("last", ["long", "short"])
+@pytest.mark.parametrize("kind", NOT_BY_EXAMPLE)
+def test_what_needs_its_own_mask_is_padded_unasked_and_packed_with_masks_where_asked(kind, last):
+    model, examples = causal_for_long(kind, **NOT_BY_EXAMPLE[kind]), long_examples(6)
+    examples[-1] = examples[-1] if last == "long" else random_examples(1)[0]
+    assert chosen(model, {}, examples) is Packing.NONE
+    assert chosen(model, {"packing": True}, examples) is Packing.BY_MODEL
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_masks_of_positions_is_not_packed_compiled():
+    """OPT makes no mask of examples from positions."""
+    model = causal_for_long("opt", ffn_dim=64, word_embed_proj_dim=32)
+    assert chosen(model, {"packing": True}, long_examples(6)) is Packing.BY_EXAMPLE
+    with pytest.raises(UserError, match=r"model\.packing=true: opt with sdpa attention does not keep"):
+        chosen(model, {"packing": True, "compile": True}, long_examples(6))
+
+
+def test_parts_with_another_attention_keep_it():
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = settings | {"vocab_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+    parts = {"text_config": text, "vision_config": settings | {"image_size": 28, "patch_size": 14}}
+    both = {"text_config": "sdpa", "vision_config": "eager"}
+    config = AutoConfig.for_model("gemma3", **parts, mm_tokens_per_image=4)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=both)
+    before = {name: getattr(model.config, name)._attn_implementation for name in both}
+    with packing.attending(model, Packing.BY_EXAMPLE):
+        assert model.config.text_config._attn_implementation == BY_EXAMPLE
+    assert before == both
+    assert {name: getattr(model.config, name)._attn_implementation for name in both} == both
 
 
 def test_only_exact_sums_are_packed_unasked(monkeypatch):
@@ -109,10 +160,9 @@ def test_only_exact_sums_are_packed_unasked(monkeypatch):
 
     packing.AttentionInterface.register(BY_EXAMPLE, careless)
     try:
-        model, examples = small_causal_long(), long_examples(6)
-        assert not packing.shall_pack(model, ModelConfig(name="x"), examples, 0, ALONE)
-        with pytest.raises(UserError, match=r"model\.packing=true: llama with sdpa attention does not keep"):
-            packing.shall_pack(model, ModelConfig(name="x", packing=True), examples, 0, ALONE)
+        model = causal_for_long("llama")
+        assert chosen(model, {}, long_examples(6)) is Packing.NONE
+        assert chosen(model, {"packing": True}, long_examples(6)) is Packing.BY_MODEL
     finally:
         packing.AttentionInterface.register(BY_EXAMPLE, packing._attend)
 
