@@ -8,7 +8,6 @@ of its output.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -151,7 +150,7 @@ def _watch_activations(
     model: Any, targets: Sequence[str], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[Any]:
     for name in targets:
-        yield from _watch_layer(model.get_submodule(name), partial(add, name))
+        yield from _watch_layer(name, model.get_submodule(name), partial(add, name))
 
 
 def _watch(model: Any, targets: Sequence[str], sums: GradientSums) -> Iterator[Any]:
@@ -209,35 +208,20 @@ def _from_autograd(layer: Any, names: Sequence[str], sums: GradientSums) -> Any:
     return layer.weight.register_post_accumulate_grad_hook(move)
 
 
-@dataclass
-class _Call:
-    """One call of a watched layer: who gets its input, and the gradient of its output once it is known."""
+class _Hold(torch.autograd.Function):
+    """Saves a layer's input as autograd saves its own: checkpointing drops it and makes it again.
 
-    add: Callable[[Tensor, Tensor], None]
-    delta: Tensor | None = None
-
-
-class _Keep(torch.autograd.Function):
-    """Passes a layer's input on, and hands it over, with the output's gradient, in the backward pass.
-
-    The input is saved as autograd saves its own: checkpointing drops it and makes it again.
+    A node beside the way of the gradients. On it, one of Python costs some per cent of a pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.call = call
-        return x.view_as(x)
+        return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,), delta = ctx.saved_tensors, ctx.call.delta
-        if delta is not None:
-            ctx.call.delta = None
-            with torch.autocast(delta.device.type, enabled=False):
-                x_NI, delta_NO = (part.detach().flatten(0, -2).float() for part in (x, delta))
-                ctx.call.add(x_NI.to(delta.device), delta_NO)
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        """Never runs: nothing is made of the output."""
 
 
 def _made_by_layer(output: Tensor) -> Tensor:
@@ -248,32 +232,37 @@ def _made_by_layer(output: Tensor) -> Tensor:
     return base if base.shape[-1] == output.shape[-1] else output
 
 
-def _watch_layer(layer: Any, add: Callable[[Tensor, Tensor], None]) -> Iterator[Any]:
+def _watch_layer(name: str, layer: Any, add: Callable[[Tensor, Tensor], None]) -> Iterator[Any]:
     """Hands ``add`` the layer's input and its output's gradient in every backward pass."""
-    open_calls: list[_Call] = []
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not torch.is_grad_enabled():
-            return None
         x, *rest = inputs
-        call = _Call(add)
-        open_calls.append(call)
-        # A leaf is the caller's: no gradient may be left in it.
-        return _Keep.apply(x if x.requires_grad else x.detach().requires_grad_(), call), *rest
+        if not torch.is_grad_enabled() or x.requires_grad:
+            return None
+        return x.detach().requires_grad_(), *rest  # a leaf is the caller's: no gradient may be left in it
 
-    def after(_: nn.Module, __: Any, output: Tensor) -> None:
-        if not open_calls:
-            return
-        call = open_calls.pop()
-
-        def note(delta: Tensor) -> None:
-            call.delta = delta
-
-        if output.requires_grad:
-            _made_by_layer(output).register_hook(note)
+    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled() and output.requires_grad:
+            _made_by_layer(output).register_hook(_handing_on(name, inputs[0], add))
 
     yield layer.register_forward_pre_hook(before)
     yield layer.register_forward_hook(after)
+
+
+def _handing_on(name: str, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor], None]:
+    held = [_Hold.apply(x)]
+
+    def note(delta: Tensor) -> None:
+        if not held:
+            raise UserError(
+                f"{name}: a second backward pass through the same forward pass; add the losses up and run one"
+            )
+        (x,) = held.pop().grad_fn.saved_tensors
+        with torch.autocast(delta.device.type, enabled=False):
+            x_NI, delta_NO = (part.detach().flatten(0, -2).float() for part in (x, delta))
+            add(x_NI.to(delta.device), delta_NO)
+
+    return note
 
 
 def _count_calls(model: nn.Module, calls: Calls) -> Any:

@@ -1,6 +1,7 @@
 """The streaming estimators against the exact one: same subspaces, same products, wherever training works."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -263,6 +264,18 @@ def test_what_the_caller_gives_is_left_alone():
     assert not given.requires_grad
     assert given.grad is None
     given.add_(1)
+
+
+def test_inputs_end_with_the_backward_pass_and_a_second_one_is_refused():
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), []
+    model[1].register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0])))
+    with watch_activations(model, ["0", "1"], lambda name, x_NI, delta_NO: None):
+        loss = model(torch.ones(2, 4)).sum()
+        assert inputs[0]() is not None
+        loss.backward(retain_graph=True)
+        assert inputs[0]() is None  # though the loss is still there
+        with pytest.raises(UserError, match=r"^1: a second backward pass through the same forward pass; add"):
+            loss.backward()
 
 
 def one_pass_as_rank(path: str) -> None:
