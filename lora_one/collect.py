@@ -7,7 +7,7 @@ of its output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -83,7 +83,7 @@ def collect_gradients(
         offload: Whether the sums lie on the CPU; at most one gradient lives on the device then.
     """
     sums = GradientSums(offload=offload)
-    with _recording(model, lambda: _watch(model, targets, sums), dropout):
+    with _recording(model, targets, lambda: _watch(model, targets, sums), dropout):
         yield sums
 
 
@@ -116,13 +116,19 @@ def watch_activations(
         yield _count_calls(model, calls)
         yield from _watch_activations(model, targets, hand_on)
 
-    with _recording(model, hooks, dropout):
+    with _recording(model, targets, hooks, dropout):
         yield calls
 
 
 @contextmanager
-def _recording(model: Any, hooks: Callable[[], Iterator[Any]], dropout: bool) -> Iterator[None]:
-    """Sets hooks on a frozen model, and puts everything back."""
+def _recording(
+    model: Any, targets: Sequence[str], hooks: Callable[[], Iterator[Any]], dropout: bool
+) -> Iterator[None]:
+    """Sets hooks on a frozen model, and puts everything back.
+
+    Gradients go down to the first targets and no further, but for re-entrant checkpointing, which gives none
+    to what is made of no input with one.
+    """
     settle(model)
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -131,9 +137,10 @@ def _recording(model: Any, hooks: Callable[[], Iterator[Any]], dropout: bool) ->
         with ExitStack() as stack:
             stack.enter_context(_train_mode(model) if dropout else _no_dropout(model))
             model.requires_grad_(False)
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_hook(_begin_graph).remove)
+            if not targets or getattr(model, "is_gradient_checkpointing", False):
+                for module in model.modules():
+                    if isinstance(module, nn.Embedding):
+                        stack.callback(module.register_forward_hook(_begin_graph).remove)
             for handle in hooks():
                 stack.callback(handle.remove)
             yield
@@ -215,9 +222,10 @@ class _Hold(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        """``anchor`` takes a gradient, so that there is a node where ``x`` takes none."""
         ctx.save_for_backward(x)
-        return x.new_empty(0)
+        return anchor.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
@@ -235,34 +243,45 @@ def _made_by_layer(output: Tensor) -> Tensor:
 def _watch_layer(name: str, layer: Any, add: Callable[[Tensor, Tensor], None]) -> Iterator[Any]:
     """Hands ``add`` the layer's input and its output's gradient in every backward pass."""
 
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        x, *rest = inputs
-        if not torch.is_grad_enabled() or x.requires_grad:
+    anchor = torch.empty(0, requires_grad=True)
+
+    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
             return None
-        return x.detach().requires_grad_(), *rest  # a leaf is the caller's: no gradient may be left in it
+        begun = None if output.requires_grad else _begun(output)
+        held = [_Hold.apply(inputs[0], anchor)]
+        _made_by_layer(output if begun is None else begun).register_hook(_handing_on(name, held, add))
+        return begun
 
-    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled() and output.requires_grad:
-            _made_by_layer(output).register_hook(_handing_on(name, inputs[0], add))
-
-    yield layer.register_forward_pre_hook(before)
     yield layer.register_forward_hook(after)
 
 
-def _handing_on(name: str, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor], None]:
-    held = [_Hold.apply(x)]
+def _begun(output: Tensor) -> Tensor:
+    """The graph begins here: the gradient of what lies below is nobody's. No leaf, which bears no changes."""
+    return output.detach().requires_grad_().clone()
 
+
+def _handing_on(
+    name: str, held: list[Tensor], add: Callable[[Tensor, Tensor], None]
+) -> Callable[[Tensor], None]:
     def note(delta: Tensor) -> None:
         if not held:
             raise UserError(
                 f"{name}: a second backward pass through the same forward pass; add the losses up and run one"
             )
-        (x,) = held.pop().grad_fn.saved_tensors
-        with torch.autocast(delta.device.type, enabled=False):
+        (x,) = held.pop().grad_fn.saved_tensors  # type: ignore[union-attr]  # made with an anchor
+        with _no_autocast(delta.device.type):
             x_NI, delta_NO = (part.detach().flatten(0, -2).float() for part in (x, delta))
             add(x_NI.to(delta.device), delta_NO)
 
     return note
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Float32 inside; entering ``autocast`` where there is none to leave costs as much as a small product."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _count_calls(model: nn.Module, calls: Calls) -> Any:

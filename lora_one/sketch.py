@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_one.processes import Processes
 from lora_one.skinny import (
@@ -32,6 +32,7 @@ from lora_one.skinny import (
     product_from_sketches,
     qr,
     stacked,
+    together,
     triplets_of,
 )
 from lora_one.triplets import Triplets, check_norm, with_signs
@@ -173,10 +174,6 @@ class _Sketch:
     def _add_next(self, x_NI: Tensor, delta_NO: Tensor, Y_CO: Tensor, omega_CI: Tensor) -> None:
         Y_CO.addmm_(self._counted(omega_CI @ x_NI.T), delta_NO)
 
-    def _aim(self, directions_IK: Tensor) -> None:
-        self._omega_CI = torch.cat([directions_IK.T, self._probes_PI])
-        self._first = None
-
     def _take_over(self, device: torch.device) -> None:
         """A layer that this process has not seen contributes nothing."""
         n_out, n_in = self.shape_OI
@@ -256,23 +253,22 @@ class OnePassSketch(_Sketch):
             return
         Q_TOK, B_TKI = products_of(group)
         V_TIK, R_TKK = qr(B_TKI.mT)
-        Y_TKO = R_TKK.float() @ Q_TOK.mT
         fill_TEO = torch.stack([sketch._fill_EO() for sketch in group]).to(Q_TOK)
         # Apart from Q, and about orthonormal, which is enough.
         fill_TEO = (fill_TEO - fill_TEO @ Q_TOK @ Q_TOK.mT) / Q_TOK.shape[1] ** 0.5
-        for t, sketch in enumerate(group):
-            sketch._aim_at(Q_TOK[t], B_TKI[t], V_TIK[t], Y_TKO[t], fill_TEO[t])
+        probed_TPO = torch.stack([sketch._probed_PO() for sketch in group])
+        new = (
+            torch.cat([V_TIK.mT, torch.stack([sketch._probes_PI for sketch in group])], 1),
+            torch.cat([R_TKK.float() @ Q_TOK.mT, probed_TPO], 1),
+            torch.cat([Q_TOK.mT, fill_TEO], 1),
+            nn.functional.pad(B_TKI, (0, 0, 0, fill_TEO.shape[1])),  # Ψᵀ Q is the identity above zeros
+        )
+        for sketch, *parts in zip(group, *new, strict=True):
+            sketch._omega_CI, sketch._Y_CO, sketch._psi_LO, sketch._Z_LI = parts
+            sketch._first = None
 
     def _fill_EO(self) -> Tensor:
         return torch.randn(self._l - self.k, self.shape_OI[0], generator=self._generator)
-
-    def _aim_at(self, Q_OK: Tensor, B_KI: Tensor, V_IK: Tensor, Y_KO: Tensor, fill_EO: Tensor) -> None:
-        assert self._Y_CO is not None
-        self._aim(V_IK)
-        self._Y_CO[: self.k] = Y_KO
-        self._psi_LO = torch.cat([Q_OK.T, fill_EO])
-        # Ψᵀ Q is the identity above zeros.
-        self._Z_LI = torch.cat([B_KI, B_KI.new_zeros(len(fill_EO), B_KI.shape[1])])
 
     @property
     def is_aimed(self) -> bool:
@@ -285,9 +281,9 @@ class OnePassSketch(_Sketch):
         return self._first
 
     def sketches(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(G Ω)ᵀ``, ``Ψᵀ G`` and ``Ψᵀ``."""
+        """``(G Ω)ᵀ`` and the probes' rows below it, ``Ψᵀ G``, and ``Ψᵀ``."""
         assert self._Y_CO is not None and self._Z_LI is not None and self._psi_LO is not None
-        return self._Y_CO[: self.k], self._Z_LI, self._psi_LO
+        return self._Y_CO, self._Z_LI, self._psi_LO
 
     def sums(self) -> list[Tensor]:
         """What a batch that is not finite would spoil."""
@@ -314,7 +310,8 @@ def products_of(group: Sequence[OnePassSketch]) -> Product:
     if not group[0].is_aimed:
         return stacked([sketch.first() for sketch in group])
     parts = zip(*(sketch.sketches() for sketch in group), strict=True)
-    return product_from_sketches(*(torch.stack(part) for part in parts))
+    Y_TCO, Z_TLI, psi_TLO = (together(part) for part in parts)  # an aim leaves those of a group together
+    return product_from_sketches(Y_TCO[:, : group[0].k], Z_TLI, psi_TLO)
 
 
 class TwoPassSketch(_Sketch):
@@ -340,7 +337,8 @@ class TwoPassSketch(_Sketch):
         for sketch, common_IK, Y_KO in zip(group, common_TIK, Y_TKO, strict=True):
             assert sketch._Y_CO is not None
             sketch._Y_CO[: sketch.k] = Y_KO
-            sketch._aim(common_IK)
+            sketch._omega_CI = torch.cat([common_IK.T, sketch._probes_PI])
+            sketch._first = None
 
     @staticmethod
     def end_first_pass(group: "Sequence[TwoPassSketch]", processes: Processes) -> None:

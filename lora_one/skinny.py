@@ -37,6 +37,16 @@ def stacked(products: Sequence[Product]) -> Product:
     return Product(*(torch.stack(parts) for parts in zip(*products, strict=True)))
 
 
+def together(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape along a new first dimension; without a copy where they are all slices of one."""
+    whole = tensors[0]._base
+    if whole is None or whole.shape != (len(tensors), *tensors[0].shape):
+        return torch.stack(list(tensors))
+    slices = zip(tensors, whole, strict=True)
+    is_whole = all(mine._base is whole and mine.data_ptr() == part.data_ptr() for mine, part in slices)
+    return whole if is_whole else torch.stack(list(tensors))
+
+
 def product_from_sketches(Y_KO: Tensor, Z_LI: Tensor, psi_LO: Tensor) -> Product:
     """``Q (Ψᵀ Q)⁺ (Ψᵀ G)`` from ``(G Ω)ᵀ``, ``Ψᵀ G`` and ``Ψᵀ`` (arXiv 2009.11392)."""
     Q_OK = orthonormal(Y_KO.mT)
@@ -83,21 +93,22 @@ def qr(M: Tensor) -> tuple[Tensor, Tensor]:
     """``M = Q R`` of float32 matrices with few columns; R in float64.
 
     By the Cholesky factor of ``MᵀM`` in float64, its columns scaled to one length: several times faster than
-    Householder's way, and as exact unless M is close to singular; by Householder's way then.
+    Householder's way, and as exact unless M is close to singular; by Householder's way then. Q's columns lie as
+    rows in memory: products of that shape are faster.
     """
-    wide = M.double()
-    gram = wide.mT @ wide
+    rows = M.mT.double()
+    gram = rows @ rows.mT
     lengths = _diagonal(gram).sqrt()
     L, failed = torch.linalg.cholesky_ex(gram / lengths[..., :, None] / lengths[..., None, :])
     is_regular = (failed == 0) & (_diagonal(L).amin(-1) > _NEARLY_SINGULAR)
     if not bool(is_regular.any()):
-        Q, R = torch.linalg.qr(wide)
+        Q, R = torch.linalg.qr(rows.mT)
         return Q.float(), R
     R = L.mT * lengths[..., None, :]
     inverse = torch.linalg.solve_triangular(R, torch.eye(R.shape[-1]).to(R), upper=True)
-    Q = wide @ inverse
+    Q = (inverse.mT @ rows).mT
     if not bool(is_regular.all()):
-        Q[~is_regular], R[~is_regular] = torch.linalg.qr(wide[~is_regular])
+        Q[~is_regular], R[~is_regular] = torch.linalg.qr(rows[~is_regular].mT)
     return Q.float(), R
 
 
