@@ -242,7 +242,6 @@ def _made_by_layer(output: Tensor) -> Tensor:
 
 def _watch_layer(name: str, layer: Any, add: Callable[[Tensor, Tensor], None]) -> Iterator[Any]:
     """Hands ``add`` the layer's input and its output's gradient in every backward pass."""
-
     anchor = torch.empty(0, requires_grad=True)
 
     def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -257,8 +256,8 @@ def _watch_layer(name: str, layer: Any, add: Callable[[Tensor, Tensor], None]) -
 
 
 def _begun(output: Tensor) -> Tensor:
-    """The graph begins here: the gradient of what lies below is nobody's. No leaf, which bears no changes."""
-    return output.detach().requires_grad_().clone()
+    """The graph begins here: the gradient of what lies below is nobody's. No leaf: those bear no changes."""
+    return output + output.new_zeros((), requires_grad=True)
 
 
 def _handing_on(

@@ -38,7 +38,7 @@ from lora_one.skinny import (
 from lora_one.triplets import Triplets, check_norm, with_signs
 
 # To be raised with every change of what the sketches find: kept estimates are found again by it.
-SKETCH_VERSION = 3
+SKETCH_VERSION = 4
 _FEWEST_TRIPLETS = 16
 _FEWEST_TWO_PASS_COLUMNS = 256
 _LAYERS_AT_ONCE = 8
@@ -55,16 +55,20 @@ class SketchSize:
         probes: Random columns kept apart, to estimate the error.
     """
 
-    right: int = 32
-    left: int = 36
+    right: int = 28
+    left: int = 32
     probes: int = 4
 
 
 def sketch_size(n_triplets: int, *, two_passes: bool) -> SketchSize:
-    """Columns that find ``n_triplets`` triplets well; a second pass affords more, for flat spectra."""
+    """Columns that find ``n_triplets`` triplets well; a second pass affords more, for flat spectra.
+
+    In one pass both sides, the probes with them, have twice as many: products of 36 rows take a third longer
+    than those of 32.
+    """
     if two_passes:
         return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * n_triplets), left=0)
-    return SketchSize(right=2 * n_triplets, left=9 * n_triplets // 4)
+    return SketchSize(right=2 * n_triplets - SketchSize.probes, left=2 * n_triplets)
 
 
 def triplets_to_keep(needed: int) -> int:

@@ -93,8 +93,8 @@ def qr(M: Tensor) -> tuple[Tensor, Tensor]:
     """``M = Q R`` of float32 matrices with few columns; R in float64.
 
     By the Cholesky factor of ``MᵀM`` in float64, its columns scaled to one length: several times faster than
-    Householder's way, and as exact unless M is close to singular; by Householder's way then. Q's columns lie as
-    rows in memory: products of that shape are faster.
+    Householder's way, and as exact unless M is close to singular; by Householder's way then. The columns of Q
+    lie as rows in memory: products of that shape are faster.
     """
     rows = M.mT.double()
     gram = rows @ rows.mT

@@ -85,11 +85,12 @@ def test_touches_nothing_else():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_gradient_checkpointing_happens_and_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_happens_and_changes_nothing(monkeypatch, reentrant):
     examples, calls = random_examples(4), []
     plain = our_gradients(small_llama(), examples, "sample", 2)
     model = small_llama()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for layer in model.model.layers:
         checkpoint = layer._gradient_checkpointing_func
         monkeypatch.setattr(

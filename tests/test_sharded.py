@@ -36,7 +36,7 @@ def estimate(model, estimator: str, processes=ALONE, **init):
         model,
         targets,
         EXAMPLES,
-        config(estimator, **init),
+        config(estimator, n_triplets=24, **init),  # so that the sketches are as wide as the layers
         ranks=dict.fromkeys(targets, 4),
         pad_id=0,
         processes=processes,

@@ -102,14 +102,15 @@ def test_on_a_pretrained_model_nothing_visible_is_lost(estimator, bsz):
 
 @pytest.mark.parametrize("estimator", STREAMING)
 def test_sketches_as_wide_as_the_layer_are_exact(estimator):
-    exact, found = products(estimate(small_llama(), "exact")), products(estimate(small_llama(), estimator))
+    exact, found = (products(estimate(small_llama(), name, n_triplets=24)) for name in ("exact", estimator))
     assert all(relative(found[name], exact[name]) < 1e-3 for name in exact)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("estimator", STREAMING)
-def test_checkpointing_and_dropout_change_nothing(estimator):
+def test_checkpointing_and_dropout_change_nothing(estimator, reentrant):
     model = small_llama().train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     plain, found = products(estimate(small_llama(), estimator)), products(estimate(model, estimator))
     assert all(relative(found[name], plain[name]) < 1e-4 for name in plain)
     assert model.training
@@ -118,7 +119,7 @@ def test_checkpointing_and_dropout_change_nothing(estimator):
 
 def estimate_as_rank(path: str, estimator: str) -> None:
     processes = start_processes()
-    found = estimate(small_llama(), estimator, processes=processes)
+    found = estimate(small_llama(), estimator, processes=processes, n_triplets=24)
     if processes.is_main:
         torch.save(products(found), path)
 
@@ -126,7 +127,7 @@ def estimate_as_rank(path: str, estimator: str) -> None:
 @pytest.mark.parametrize("estimator", STREAMING)
 def test_two_processes_give_the_estimate_of_one(estimator, tmp_path):
     on_two_processes(estimate_as_rank, str(tmp_path / "two.pt"), estimator)
-    two, one = torch.load(tmp_path / "two.pt"), products(estimate(small_llama(), estimator))
+    two, one = torch.load(tmp_path / "two.pt"), products(estimate(small_llama(), estimator, n_triplets=24))
     assert all(relative(two[name], one[name]) < 1e-3 for name in one)
 
 
@@ -253,6 +254,28 @@ def test_what_follows_a_layer_may_change_its_output_in_place(kind):
     expected = torch.autograd.grad(loss(), [model[1].weight, model[3].weight])
     for name, gradient in zip(("1", "3"), expected, strict=True):
         assert relative(sums[name], to_OI(model[int(name)], gradient)) < 1e-5
+
+
+def test_gradients_go_down_to_the_first_target_and_no_further():
+    model, ids = small_llama(), torch.arange(12).view(2, 6)
+    first, later = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    taking, sums = {}, {}
+    for name in ("model.embed_tokens", "model.layers.0.mlp", "model.layers.1.self_attn.k_proj", first):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: taking.update({name: output.requires_grad})
+        )
+
+    def add(name, x_NI, delta_NO):
+        sums[name] = delta_NO.T @ x_NI
+
+    with watch_activations(model, [first, later], add):
+        model(ids, labels=ids).loss.backward()
+    assert len(taking) == 4
+    assert not any(taking.values())  # what the layers give, before it is watched
+    weights = [model.get_submodule(name).weight for name in (first, later)]
+    expected = torch.autograd.grad(model(ids, labels=ids).loss, weights)
+    for name, gradient in zip((first, later), expected, strict=True):
+        assert relative(sums[name], gradient) < 1e-5
 
 
 def test_what_the_caller_gives_is_left_alone():
