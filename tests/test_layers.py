@@ -18,11 +18,21 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lora_one import LoraConfig, LoraGAConfig, LoraOneConfig, get_peft_model, preprocess_loraga
 from lora_one.collect import collect_gradients
 from lora_one.errors import UserError
-from lora_one.layers import quantisation, read_weight, separate_weights, settle, shape_OI, to_OI, write_weight
+from lora_one.layers import (
+    quantisation,
+    read_weight,
+    separate_weights,
+    settle,
+    shape_OI,
+    to_OI,
+    weight_norm,
+    write_weight,
+)
 
 RANK = 4
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(5))
@@ -410,3 +420,14 @@ def test_a_quantised_t5_is_estimated(bits, tmp_path):
     before = logits(base)
     model = adapted(base, config_of("t5", "ArB2r"))
     assert relative(logits(model), before) < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "transposed", "bfloat16"])
+def test_the_norm_of_a_weight(kind):
+    torch.manual_seed(0)
+    layer = Conv1D(70, 50) if kind == "conv1d" else nn.Linear(50, 70, bias=False)
+    if kind == "transposed":  # in memory
+        layer.weight.data = layer.weight.data.T.contiguous().T
+    if kind == "bfloat16":
+        layer.bfloat16()
+    assert weight_norm(layer) == pytest.approx(layer.weight.double().norm().item(), rel=1e-6)

@@ -14,6 +14,7 @@ from lora_one.skinny import (
     product_from_sketches,
     qr,
     stacked,
+    together,
     triplets_of,
 )
 
@@ -267,3 +268,33 @@ def test_the_decomposition_holds_for_well_and_badly_conditioned_matrices(smalles
     Q, R = qr(M)
     assert torch.allclose(Q.T @ Q, torch.eye(12), atol=1e-5)
     assert float((Q.double() @ R - M.double()).norm() / M.norm()) < 1e-6
+
+
+def test_slices_of_one_tensor_come_together_without_a_copy():
+    whole = torch.randn(4, 3, 5)
+    assert together([whole[i] for i in range(4)]).data_ptr() == whole.data_ptr()
+    other = torch.randn(3, 5)
+    for parts in ([1, 0, 2, 3], [0, 1], [0, 0, 1, 2], [1, 2, 3]):
+        found = together([whole[i] for i in parts])
+        assert found.data_ptr() != whole.data_ptr()
+        assert torch.equal(found, whole[parts])
+    assert torch.equal(together([whole[0], whole[1], whole[2], other])[3], other)
+    assert torch.equal(together([whole[:, 0], whole[:, 1]]), torch.stack([whole[:, 0], whole[:, 1]]))
+
+
+def test_layers_aimed_together_find_what_each_finds_alone():
+    all_parts = [batches(6, 40, 60, seed) for seed in range(3)]
+    alone = [finished(sketch_of(parts, 40, 60)) for parts in all_parts]
+    group = [OnePassSketch((40, 60), SIZE, torch.Generator().manual_seed(1)) for _ in all_parts]
+    for number in range(6):
+        if number in (1, 2, 4):
+            OnePassSketch.aim(group if number < 4 else group[:2])  # a layer that was not reached stays behind
+        for sketch, parts in zip(group, all_parts, strict=True):
+            sketch.add(*parts[number])
+    found = OnePassSketch.finish(group, ALONE)
+    for mine, expected, parts in zip(found[:2], alone, all_parts, strict=False):
+        torch.testing.assert_close(mine.S_K[:8], expected.S_K[:8], rtol=1e-4, atol=1e-4)
+        assert captured(summed(parts), mine, 8) == pytest.approx(
+            captured(summed(parts), expected, 8), abs=1e-4
+        )
+    assert captured(summed(all_parts[2]), found[2], 8) > 0.98
