@@ -63,12 +63,13 @@ class SketchSize:
 def sketch_size(n_triplets: int, *, two_passes: bool) -> SketchSize:
     """Columns that find ``n_triplets`` triplets well; a second pass affords more, for flat spectra.
 
-    In one pass both sides, the probes with them, have twice as many: products of 36 rows take a third longer
-    than those of 32.
+    In one pass both sides, the probes with them, have twice as many from eight on: products of 36 rows take a
+    third longer than those of 32.
     """
     if two_passes:
         return SketchSize(right=max(_FEWEST_TWO_PASS_COLUMNS, 2 * n_triplets), left=0)
-    return SketchSize(right=2 * n_triplets - SketchSize.probes, left=2 * n_triplets)
+    right = max(2 * n_triplets - SketchSize.probes, n_triplets + 4)
+    return SketchSize(right=right, left=right + 4)
 
 
 def triplets_to_keep(needed: int) -> int:

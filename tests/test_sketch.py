@@ -5,7 +5,7 @@ import torch
 from conftest import ALONE, on_two_processes
 
 from lora_one.processes import start_processes
-from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, groups_of, products_of
+from lora_one.sketch import OnePassSketch, SketchSize, TwoPassSketch, groups_of, products_of, sketch_size
 from lora_one.skinny import (
     Product,
     leading_product,
@@ -298,3 +298,12 @@ def test_layers_aimed_together_find_what_each_finds_alone():
             captured(summed(parts), expected, 8), abs=1e-4
         )
     assert captured(summed(all_parts[2]), found[2], 8) > 0.98
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 64])
+def test_the_size_of_a_sketch_finds_what_is_asked_for(n):
+    size, parts = sketch_size(n, two_passes=False), batches(4, 80, 90)
+    assert size.right >= n + 4
+    assert size.left >= size.right + 4
+    assert captured(summed(parts), finished(sketch_of(parts, 80, 90, size)), n) > 0.95
+    assert sketch_size(16, two_passes=False) == SketchSize() == SketchSize(28, 32, 4)
