@@ -293,6 +293,18 @@ def test_the_work_of_a_window_is_dealt_out_evenly():
     assert sum(totals) < 1.15 * sum(len(example.ids) for example in examples)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_packed_rows_and_processes_get_as_many_tokens(world_size):
+    examples = random_examples(64, longest=200)
+    limits = Limits(max_tokens=1000, packed=True)
+    shares = split_window(examples, range(64), limits=limits, reduction="sample", world_size=world_size)
+    tokens = [[sum(len(examples[index].ids) for index, _ in slots) for slots in share] for share in shares]
+    totals, rows = [sum(share) for share in tokens], [row for share in tokens for row in share]
+    assert max(totals) <= 1.01 * min(totals)
+    assert max(rows) <= 1.1 * min(rows)
+    assert len(rows) <= -(-sum(rows) // 1000) + world_size  # as few as there have to be, and as many for each
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     examples = random_examples(20)
     one, again, other = sampler(examples), sampler(examples), sampler(examples, seed=1)

@@ -8,7 +8,7 @@ micro-batches and processes adds up to the same loss and the same gradient.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import torch
@@ -62,22 +62,57 @@ def split_window(
 ) -> list[list[list[Slot]]]:
     """The micro-batches of one window, of every process: all have as many, of about the same size.
 
-    Examples of similar length come together, longest first; empty micro-batches fill up the last round,
-    because sharded models and collective steps wait for each other.
+    Examples of similar length come together, longest first; packed, what makes equal shares. Empty
+    micro-batches fill up the last round, because sharded models and collective steps wait for each other.
     """
     weights = dict(zip(indices, window_weights(examples, indices, reduction), strict=True))
-    groups = _even_groups(
-        sorted(indices, key=lambda index: -len(examples[index].ids)), examples, limits, world_size
-    )
-    shares: list[list[list[Slot]]] = [[] for _ in range(world_size)]
+    by_length = sorted(indices, key=lambda index: -len(examples[index].ids))
+    if limits.packed and limits.max_tokens is not None:
+        shares = _shares_of_tokens(by_length, examples, limits.max_tokens, world_size)
+    else:
+        shares = _shares_by_length(by_length, examples, limits, world_size)
+    return [[[(index, weights[index]) for index in group] or [EMPTY] for group in share] for share in shares]
+
+
+def _shares_by_length(
+    by_length: list[int], examples: Sequence[Encoded], limits: Limits, world_size: int
+) -> list[list[list[int]]]:
+    """Groups of similar length, dealt out."""
+    groups = _even_groups(by_length, examples, limits, world_size)
+    shares: list[list[list[int]]] = [[] for _ in range(world_size)]
     for start in range(0, len(groups), world_size):
-        members = [[(index, weights[index]) for index in group] for group in groups[start:][:world_size]]
-        members += [[EMPTY]] * (world_size - len(members))
+        members = groups[start:][:world_size]
+        members += [[]] * (world_size - len(members))
         # Back and forth, so that no process always gets the longest.
         order = members if start // world_size % 2 == 0 else members[::-1]
-        for share, slots in zip(shares, order, strict=True):
-            share.append(slots)
+        for share, group in zip(shares, order, strict=True):
+            share.append(group)
     return shares
+
+
+def _shares_of_tokens(
+    by_length: list[int], examples: Sequence[Encoded], max_tokens: int, world_size: int
+) -> list[list[list[int]]]:
+    """Packed rows have no padding for equal lengths to spare: all get about as many tokens instead."""
+    n_tokens = {index: examples[index].widths[0] for index in by_length}
+    shares = _bins(by_length, n_tokens, world_size)
+    for n_batches in count(1):
+        batches = [_bins(share, n_tokens, n_batches) for share in shares]
+        groups = [group for share in batches for group in share]
+        if all(len(group) < 2 or sum(n_tokens[index] for index in group) <= max_tokens for group in groups):
+            return batches
+    raise AssertionError("every example alone fits")
+
+
+def _bins(by_length: list[int], n_tokens: dict[int, int], n_bins: int) -> list[list[int]]:
+    """Bins of about as many tokens: each example, longest first, goes where there are the fewest."""
+    bins: list[list[int]] = [[] for _ in range(n_bins)]
+    filled = [0] * n_bins
+    for index in by_length:
+        emptiest = filled.index(min(filled))
+        bins[emptiest].append(index)
+        filled[emptiest] += n_tokens[index]
+    return bins
 
 
 def _even_groups(
@@ -90,28 +125,27 @@ def _even_groups(
         size = -(-len(by_length) // (rounds * world_size))
         return [by_length[start : start + size] for start in range(0, len(by_length), size)]
     widths = [examples[index].widths for index in by_length]
-    rounds = -(-len(_cuts(widths, limits.max_tokens, limits.packed)) // world_size)
+    rounds = -(-len(_cuts(widths, limits.max_tokens)) // world_size)
     low, high = 1, limits.max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_cuts(widths, middle, limits.packed)) <= rounds * world_size:
+        if len(_cuts(widths, middle)) <= rounds * world_size:
             high = middle
         else:
             low = middle + 1
-    cuts = [*_cuts(widths, high, limits.packed), len(by_length)]
+    cuts = [*_cuts(widths, high), len(by_length)]
     return [by_length[start:end] for start, end in pairwise(cuts)]
 
 
-def _cuts(widths: Sequence[tuple[int, int]], max_tokens: int, packed: bool) -> list[int]:
+def _cuts(widths: Sequence[tuple[int, int]], max_tokens: int) -> list[int]:
     """Where the groups start if each takes all that it can hold, in the given order."""
-    starts, n_tokens, widest = [0], 0, (0, 0)
+    starts, widest = [0], (0, 0)
     for position, (width, other) in enumerate(widths):
         first = starts[-1]
         widest = max(widest[0], width), max(widest[1], other)
-        n_tokens = n_tokens + width if packed else (position - first + 1) * sum(widest)
-        if n_tokens > max_tokens and position > first:
+        if (position - first + 1) * sum(widest) > max_tokens and position > first:
             starts.append(position)
-            n_tokens, widest = width, (width, other)
+            widest = width, other
     return starts
 
 
