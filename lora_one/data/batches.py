@@ -77,17 +77,24 @@ def split_window(
 def _shares_by_length(
     by_length: list[int], examples: Sequence[Encoded], limits: Limits, world_size: int
 ) -> list[list[list[int]]]:
-    """Groups of similar length, dealt out."""
-    groups = _even_groups(by_length, examples, limits, world_size)
+    """Groups of similar length, the costliest first to the process with the least to do that has room."""
+    costed = [
+        (_n_padded([examples[index].widths for index in group]), group)
+        for group in _even_groups(by_length, examples, limits, world_size)
+    ]
+    n_batches = -(-len(costed) // world_size)
     shares: list[list[list[int]]] = [[] for _ in range(world_size)]
-    for start in range(0, len(groups), world_size):
-        members = groups[start:][:world_size]
-        members += [[]] * (world_size - len(members))
-        # Back and forth, so that no process always gets the longest.
-        order = members if start // world_size % 2 == 0 else members[::-1]
-        for share, group in zip(shares, order, strict=True):
-            share.append(group)
-    return shares
+    to_do = [0] * world_size
+    for cost, group in sorted(costed, key=lambda pair: -pair[0]):
+        with_room = [rank for rank in range(world_size) if len(shares[rank]) < n_batches]
+        idlest = min(with_room, key=lambda rank: to_do[rank])
+        shares[idlest].append(group)
+        to_do[idlest] += cost
+    return [share + [[]] * (n_batches - len(share)) for share in shares]
+
+
+def _n_padded(widths: Sequence[tuple[int, int]]) -> int:
+    return len(widths) * (max(width for width, _ in widths) + max(other for _, other in widths))
 
 
 def _shares_of_tokens(
