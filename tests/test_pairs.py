@@ -147,7 +147,7 @@ def test_estimators_find_autograds_gradient(model, estimator, checkpointing, dro
         {
             "dataset": {"name": "tiny"},
             "model": {"name": "x", "type": "ConditionalGeneration"},
-            "init": {"estimator": estimator, "bsz": 2, "iters": 4, "n_triplets": 16, "dropout": dropout},
+            "init": {"estimator": estimator, "bsz": 2, "iters": 4, "n_triplets": 24, "dropout": dropout},
         }
     )
     found = estimate_gradient(
@@ -156,7 +156,8 @@ def test_estimators_find_autograds_gradient(model, estimator, checkpointing, dro
     assert len(targets) == 32
     for name, G_OI in zip(targets, expected, strict=True):
         U_OK, S_K, V_IK = (getattr(found.layers[name], part) for part in ("U_OK", "S_K", "V_IK"))
-        best = torch.linalg.svdvals(G_OI)[16:].norm()
+        # 24 triplets are enough for sketches as wide as these layers: they lose nothing but the tail.
+        best = torch.linalg.svdvals(G_OI)[24:].norm()
         error = ((U_OK * S_K) @ V_IK.T - G_OI).norm()
         assert error <= 1.3 * best + 1e-3 * G_OI.norm(), name
 
