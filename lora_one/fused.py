@@ -30,11 +30,17 @@ def faster(model: Any, config: ModelConfig) -> Iterator[None]:
     Raises:
         UserError: If the blocks cannot be compiled here.
     """
-    if not config.compile:
-        with fused_adapters(model):
-            yield
-        return
-    # Blocks alike are compiled once, and what is between them stays as it is.
+    with compiled_blocks(model) if config.compile else fused_adapters(model):
+        yield
+
+
+@contextmanager
+def compiled_blocks(model: Any) -> Iterator[None]:
+    """Inside, the model's blocks are compiled: those alike once, and what is between them stays as it is.
+
+    Raises:
+        UserError: If they cannot be compiled here.
+    """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for block in blocks:
         block.compile(dynamic=True)

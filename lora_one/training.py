@@ -300,6 +300,9 @@ class _WindowTrainer(Trainer):
         """Not counted."""
         return 0
 
+    def store_flos(self) -> None:
+        """Nothing to gather from all processes at every step."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(partial_folder(Path(super()._get_output_dir(trial))))
 
@@ -369,6 +372,7 @@ def _arguments(config: ExperimentConfig, plan: TrainPlan, folder: Path) -> Train
         save_strategy="no" if config.peft.adalora else "steps",
         save_steps=model.save_steps,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # language models' are constants
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -10,12 +10,14 @@ Measured in tokens a second, each process on a core of its own with one thread (
     launch       two processes of one launch (gloo, or nccl on GPUs) on all examples
 
 of the gradient estimate, whole; of training with LoRA on all linear layers, from the first optimiser step's
-end to the last one's; of the same with twice the examples a step, so that a process has as many between two
-exchanges as alone; and of generation, whole. Starting processes, loading the model and a first round of
-everything are left out. Each round takes every way once, each round beginning with another; shown are medians
-of the rates, and of the ratios in the same round. "launch / unconnected" is what communication, waiting for
-each other and work that all processes do cost; 1 would be no cost. Tokens are those of the examples, and of
-the answers; padding is left out.
+end to the last one's, with 32 examples a step, of which a process of the launch has its share; of the same
+with 32 a process, so that each does as much between two exchanges as one alone in a step; and of generation,
+whole. Starting processes, loading the model and a first round of everything are left out. Each round takes
+every way once, each round beginning with another; shown are medians of the rates, and of the ratios in the
+same round. "launch / unconnected" is what communication, waiting for each other and work that all processes
+do cost; 1 would be no cost. "working" is the processor time of the launch's processes by the clock's: what is
+missing from 1 they waited, for each other mostly. Tokens are those of the examples, and of the answers;
+padding is left out.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -55,7 +58,7 @@ from lora_one.gradients import estimate_gradient
 from lora_one.models import EMBEDDED_MODEL, linear_layers, load_tokenizer, model_source, read_weights
 from lora_one.processes import Processes, end_processes, start_processes
 from lora_one.tables import markdown_table
-from lora_one.tracking import Tracker, read_metrics
+from lora_one.tracking import Tracker
 
 REAL_BATCH, RANK = 32, 8
 WAYS = ("one", "unconnected", "launch")
@@ -75,10 +78,37 @@ class Case:
 
 @dataclass(frozen=True)
 class Took:
-    """Tokens that the processes of a launch worked through together, and the seconds of one of them."""
+    """Tokens that the processes of a launch worked through together, and what one of them took for it.
+
+    Attributes:
+        n_tokens: Of all.
+        seconds: By the clock.
+        busy_seconds: Of this process's processor time.
+    """
 
     n_tokens: int
     seconds: float
+    busy_seconds: float
+
+
+class Stopwatch(TrainerCallback):
+    """The times of the steps' ends, and of others that are asked for."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []
+
+    def look(self) -> None:
+        """Takes the time."""
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes the time."""
+        self.look()
+
+    def took(self, n_tokens: int) -> Took:
+        """From the first time to the last."""
+        (begin, begin_busy), *_, (end, end_busy) = self.times
+        return Took(n_tokens, end - begin, end_busy - begin_busy)
 
 
 # ---- the work: each on a whole launch's examples
@@ -90,6 +120,8 @@ def estimate(case: Case) -> Took:
     case.model.requires_grad_(False)
     init = {"bsz": 8, "iters": len(case.examples) // 8}
     case.processes.wait()
+    watch = Stopwatch()
+    watch.look()
     found = estimate_gradient(
         case.model,
         targets,
@@ -99,14 +131,16 @@ def estimate(case: Case) -> Took:
         pad_id=case.tokenizer.pad_token_id,
         processes=case.processes,
     )
-    return Took(found.n_tokens, found.seconds)
+    watch.look()
+    return watch.took(found.n_tokens)
 
 
-def train(n_times: int = 1) -> Callable[[Case], Took]:
-    """Training with ``n_times`` as many examples a step as usual."""
+def train(*, grows: bool) -> Callable[[Case], Took]:
+    """Training; where the batch grows, with 32 examples a step for each process of a launch."""
 
     def run(case: Case) -> Took:
-        config = _config(model={"real_batch_size": REAL_BATCH * n_times})
+        size = REAL_BATCH * (case.processes.world_size if grows else 1)
+        config, watch = _config(model={"real_batch_size": size}), Stopwatch()
         torch.manual_seed(0)
         layers = list(linear_layers(case.model))
         adapted = get_peft_model(deepcopy(case.model), LoraConfig(r=RANK, target_modules=layers))
@@ -120,13 +154,12 @@ def train(n_times: int = 1) -> Callable[[Case], Took]:
             processes=case.processes,
             folder=folder,
             tracker=Tracker(WandbConfig(mode="disabled"), "bench", folder, {}),
+            probes=watch,
         )
-        case.processes.wait()
-        points = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
         case.processes.wait()
         if case.processes.is_main:
             shutil.rmtree(folder)
-        return Took(_tokens_after_first_step(case, config), points[-1]["seconds"] - points[0]["seconds"])
+        return watch.took(_tokens_after_first_step(case, config))
 
     return run
 
@@ -135,21 +168,20 @@ def answer(case: Case) -> Took:
     """Greedy answers, as every benchmark makes them."""
     subject = Subject(case.model, case.tokenizer, case.processes)
     case.processes.wait()
-    begin = time.perf_counter()
+    watch = Stopwatch()
+    watch.look()
     texts = generate(subject, case.prompts, Decoding(case.new_tokens), Request(description="answers"))
-    seconds = time.perf_counter() - begin
+    watch.look()
     rows = case.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return Took(sum(map(len, rows)), seconds)
+    return watch.took(sum(map(len, rows)))
 
 
-def work(n_processes: int) -> dict[str, Callable[[Case], Took]]:
-    """What is measured, by its name in the table."""
-    return {
-        "gradient estimate": estimate,
-        f"training, {REAL_BATCH} examples a step": train(),
-        f"training, {REAL_BATCH} a step and process": train(n_processes),
-        "generation": answer,
-    }
+WORK: dict[str, Callable[[Case], Took]] = {
+    "gradient estimate": estimate,
+    f"training, {REAL_BATCH} examples a step": train(grows=False),
+    f"training, {REAL_BATCH} a step and process": train(grows=True),
+    "generation": answer,
+}
 
 
 def _config(**sections: dict[str, Any]) -> ExperimentConfig:
@@ -223,9 +255,8 @@ def _serve(connection: Connection, arguments: argparse.Namespace, place: dict[st
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             case = make_case(arguments, None if place else number)
             connection.send((describe(case), case.processes.world_size))
-            methods = work(arguments.processes)
             while (name := connection.recv()) is not None:
-                connection.send(methods[name](case))
+                connection.send(WORK[name](case))
             end_processes()
     except UserError as error:
         connection.send(error)
@@ -273,9 +304,14 @@ def start_workers(arguments: argparse.Namespace) -> tuple[list[Worker], list[Wor
 def measure(
     unconnected: Sequence[Worker], launch: Sequence[Worker], names: Sequence[str], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of every work, way and round; a round before them is not counted."""
+    """Tokens a second of every work, way and round, and how much of its time the launch works.
+
+    A round before them is not counted.
+    """
     members = {"one": unconnected[:1], "unconnected": unconnected, "launch": launch}
-    found: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in names}
+    found: dict[str, dict[str, list[float]]] = {
+        name: {way: [] for way in (*WAYS, "working")} for name in names
+    }
     for number in range(rounds + 1):
         shift = number % len(WAYS)
         for name in names:
@@ -286,6 +322,8 @@ def measure(
                 took = collect(members[way])
                 if number:
                     found[name][way].append(rate(took, shared=way == "launch"))
+                if number and way == "launch":
+                    found[name]["working"].append(working(took))
     return found
 
 
@@ -301,9 +339,14 @@ def rate(took: Sequence[Took], shared: bool) -> float:
     return sum(each.n_tokens / each.seconds for each in took)
 
 
+def working(took: Sequence[Took]) -> float:
+    """How much of the time of a launch its processes work: 1, if none waits."""
+    return statistics.mean(each.busy_seconds for each in took) / max(each.seconds for each in took)
+
+
 def report(found: dict[str, dict[str, list[float]]]) -> str:
     """The table."""
-    rows = [["tokens/s", *WAYS, "launch / unconnected", "unconnected / one", "launch / one"]]
+    rows = [["tokens/s", *WAYS, "launch / unconnected", "unconnected / one", "launch / one", "working"]]
     for name, rates in found.items():
         medians = [f"{statistics.median(rates[way]):,.0f}" for way in WAYS]
         pairs = (("launch", "unconnected"), ("unconnected", "one"), ("launch", "one"))
@@ -311,6 +354,7 @@ def report(found: dict[str, dict[str, list[float]]]) -> str:
             statistics.median(a / b for a, b in zip(rates[upper], rates[lower], strict=True))
             for upper, lower in pairs
         ]
+        ratios.append(statistics.median(rates["working"]))
         rows.append([name, *medians, *(f"{ratio:.2f}" for ratio in ratios)])
     return markdown_table(rows)
 
@@ -399,8 +443,7 @@ def main() -> None:
     try:
         unconnected, launch, text = start_workers(arguments)
         print(f"{arguments.model}: {text}\n", flush=True)
-        names = list(work(arguments.processes))
-        print(report(measure(unconnected, launch, names, arguments.rounds)))
+        print(report(measure(unconnected, launch, list(WORK), arguments.rounds)))
     except UserError as error:
         sys.exit(f"error: {error}")
     for worker in (*unconnected, *launch):

@@ -3,6 +3,7 @@
     python scripts/bench_training.py                                          # embedded model and problems
     python scripts/bench_training.py --model FOLDER --data gsm8k/train.jsonl  # question, answer a line
     python scripts/bench_training.py --budgets 512 1024 2048                  # sizes of micro-batches
+    python scripts/bench_training.py --compile                                # and with compiled blocks
 
 Compared, each over whole optimiser steps of 32 examples with AdamW and LoRA on all linear layers:
 
@@ -17,6 +18,8 @@ Tokens are those of the examples, padding left out. Each round runs every method
 all that they set up, each round beginning with another; shown are medians of the rates, and of the ratios to
 the other methods in the same round. "limit" computes the head everywhere and has PEFT's layers.
 Memory is the peak of live tensor bytes in one optimiser step of the longest examples, from a run of its own.
+With --compile, "ours" and "limit" run also with the model's blocks compiled, and are then compared with each
+other. What compiling takes is in a training before the rounds, and told below the table.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,7 @@ from lora_one.data.encoding import Encoded, encode_split
 from lora_one.data.specs import Example
 from lora_one.data.tiny import problems
 from lora_one.errors import UserError
+from lora_one.fused import compiled_blocks
 from lora_one.memory import LivePeak
 from lora_one.models import EMBEDDED_MODEL, linear_layers, model_source
 from lora_one.processes import Processes, start_processes
@@ -88,10 +93,17 @@ class Case:
 
 @dataclass
 class Measured:
-    """Tokens a second, round by round, and the peak of live bytes."""
+    """Tokens a second, round by round, and what was seen before them.
+
+    Attributes:
+        rates: Of each round.
+        peak_bytes: Live ones; None where compiled code allocates out of sight.
+        first_rate: Of the training that compiles, else None.
+    """
 
     rates: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
+    first_rate: float | None = None
 
 
 Method = Callable[[Case, Sequence[Encoded]], int]
@@ -165,19 +177,24 @@ def plain(per_device: int, *, grouped: bool) -> Method:
     return run
 
 
-def limit(case: Case, examples: Sequence[Encoded]) -> int:
+def limit(*, compiled: bool = False) -> Method:
     """Forward and backward on dense batches of about as many tokens, without an optimiser."""
-    rows, columns = DENSE
-    n_batches = max(1, round(sum(len(example.ids) for example in examples) / (rows * columns)))
-    model, device = case.adapted().train(), case.processes.device
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(n_batches):
-        ids_BT = torch.randint(case.model.config.vocab_size, DENSE, generator=generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-            loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
-        loss.backward()
-    return n_batches * rows * columns
+
+    def run(case: Case, examples: Sequence[Encoded]) -> int:
+        rows, columns = DENSE
+        n_batches = max(1, round(sum(len(example.ids) for example in examples) / (rows * columns)))
+        model, device = case.adapted().train(), case.processes.device
+        generator = torch.Generator().manual_seed(0)
+        with compiled_blocks(model) if compiled else nullcontext():
+            for _ in range(n_batches):
+                ids_BT = torch.randint(case.model.config.vocab_size, DENSE, generator=generator).to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+                    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+                    loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+                loss.backward()
+        return n_batches * rows * columns
+
+    return run
 
 
 METHODS: dict[str, Method] = {
@@ -186,18 +203,23 @@ METHODS: dict[str, Method] = {
     "published": plain(1, grouped=False),
     "grouped": plain(REAL_BATCH, grouped=True),
     "grouped 8": plain(8, grouped=True),
-    "limit": limit,
+    "limit": limit(),
 }
+COMPILED: dict[str, Method] = {"ours, compiled": ours(compile=True), "limit, compiled": limit(compiled=True)}
 
 
 # ---- measuring
 
 
 def measure(case: Case, methods: dict[str, Method], rounds: int) -> dict[str, Measured]:
-    """Every method once a round, after a short run of each that gives its memory."""
+    """Every method once a round, after a run of each that compiles it, or a short one for its memory."""
     found = {name: Measured() for name in methods}
     longest = sorted(case.examples, key=lambda example: -len(example.ids))[:REAL_BATCH]
     for name, method in methods.items():
+        if name in COMPILED:
+            print(f"compiling: {name}", file=sys.stderr, flush=True)
+            found[name].first_rate = rate(case, method)
+            continue
         with LivePeak() as memory:
             method(case, longest)
         found[name].peak_bytes = memory.peak
@@ -205,12 +227,17 @@ def measure(case: Case, methods: dict[str, Method], rounds: int) -> dict[str, Me
         shift = number % len(methods)
         for name, method in [*methods.items()][shift:] + [*methods.items()][:shift]:
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-            begin = time.perf_counter()
-            n_tokens = method(case, case.examples)
-            if case.processes.device.type == "cuda":
-                torch.cuda.synchronize()
-            found[name].rates.append(n_tokens / (time.perf_counter() - begin))
+            found[name].rates.append(rate(case, method))
     return found
+
+
+def rate(case: Case, method: Method) -> float:
+    """Tokens a second of one training, whole."""
+    begin = time.perf_counter()
+    n_tokens = method(case, case.examples)
+    if case.processes.device.type == "cuda":
+        torch.cuda.synchronize()
+    return n_tokens / (time.perf_counter() - begin)
 
 
 def report(found: dict[str, Measured]) -> str:
@@ -218,13 +245,25 @@ def report(found: dict[str, Measured]) -> str:
     others = [name for name in ("limit", "published", "grouped") if name in found]
     rows = [["method", "tokens/s", *(f"/ {name}" for name in others), "peak MB"]]
     for name, measured in found.items():
+        beside = ["limit, compiled" if other == "limit" and name in COMPILED else other for other in others]
         ratios = [
             statistics.median(a / b for a, b in zip(measured.rates, found[other].rates, strict=True))
-            for other in others
+            for other in beside
         ]
-        rate = f"{statistics.median(measured.rates):,.0f}"
-        rows.append([name, rate, *(f"{ratio:.2f}" for ratio in ratios), f"{measured.peak_bytes / 1e6:,.0f}"])
+        tokens_a_second = f"{statistics.median(measured.rates):,.0f}"
+        peak = "" if measured.peak_bytes is None else f"{measured.peak_bytes / 1e6:,.0f}"
+        rows.append([name, tokens_a_second, *(f"{ratio:.2f}" for ratio in ratios), peak])
     return markdown_table(rows)
+
+
+def compiling(found: dict[str, Measured], n_tokens: int) -> list[str]:
+    """A line for each compiled method: what it cost to compile."""
+    return [
+        f"{name}: the first training took {n_tokens / measured.first_rate:.0f} s, which compiled, later ones "
+        f"{n_tokens / statistics.median(measured.rates):.0f} s"
+        for name, measured in found.items()
+        if measured.first_rate is not None
+    ]
 
 
 def make_case(arguments: argparse.Namespace) -> Case:
@@ -264,6 +303,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budgets", nargs="+", type=int, help="also these tokens a micro-batch")
+    parser.add_argument("--compile", action="store_true", help="also with compiled blocks")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -284,7 +324,10 @@ def main() -> None:
     )
     methods = {name: METHODS[name] for name in arguments.methods}
     methods |= {f"ours, {n} tokens": ours(max_tokens_per_device=n) for n in arguments.budgets or ()}
-    print(report(measure(case, methods, arguments.rounds)))
+    if arguments.compile:
+        methods |= {name: method for name, method in COMPILED.items() if name.split(",")[0] in methods}
+    found = measure(case, methods, arguments.rounds)
+    print("\n".join([report(found), *compiling(found, case.n_tokens)]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 
 import pytest
 from conftest import ROOT, load_script, run_program, run_script
@@ -33,6 +34,20 @@ def test_training_beside_the_trainer_and_the_limit(tmp_path):
         assert float(peak.replace(",", "")) > 0
     assert found["limit"][1] == "1.00"
     assert found["published"][2] == "1.00"
+
+
+def test_a_compiled_training_is_compared_with_the_compiled_limit():
+    bench = load_script("bench_training")
+    rates = {"ours": 60.0, "published": 40.0, "limit": 50.0, "ours, compiled": 72.0, "limit, compiled": 80.0}
+    found = {name: bench.Measured([rate], peak_bytes=10**6) for name, rate in rates.items()}
+    found["ours, compiled"].peak_bytes, found["ours, compiled"].first_rate = None, 10.0
+    rows = {row[0]: row[1:] for row in rows_of(bench.report(found))}
+    assert rows["method"] == ["tokens/s", "/ limit", "/ published", "peak MB"]
+    assert rows["ours"] == ["60", "1.20", "1.50", "1"]
+    assert rows["ours, compiled"][:3] == ["72", "0.90", "1.80"]
+    assert bench.compiling(found, 720) == [
+        "ours, compiled: the first training took 72 s, which compiled, later ones 10 s"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,13 +87,27 @@ def test_one_launch_beside_unconnected_processes():
         assert all(float(cell.replace(",", "")) > 0 for cell in found[name])
 
 
+def test_a_stopwatch_tells_waiting_from_work():
+    bench = load_script("bench_scaling")
+    watch = bench.Stopwatch()
+    watch.look()
+    time.sleep(0.3)
+    watch.look()
+    took = watch.took(7)
+    assert took.n_tokens == 7
+    assert took.seconds >= 0.3
+    assert took.busy_seconds < 0.2
+
+
 def test_rates_of_several_processes():
     bench = load_script("bench_scaling")
-    took = [bench.Took(100, 2.0), bench.Took(100, 4.0)]
+    took = [bench.Took(100, 2.0, 1.0), bench.Took(100, 4.0, 3.0)]
     assert bench.rate(took, shared=False) == 75  # each its own tokens
     assert bench.rate(took, shared=True) == 25  # the same tokens, and the last is late
+    assert bench.working(took) == 0.5
     rates = {"one": [10.0, 20.0, 10.0], "unconnected": [20.0, 20.0, 20.0], "launch": [10.0, 20.0, 18.0]}
-    cells = [f"{10:,}", "20", "18", "0.90", "2.00", "1.00"]
+    rates["working"] = [0.7, 0.9, 0.8]
+    cells = [f"{10:,}", "20", "18", "0.90", "2.00", "1.00", "0.80"]
     assert rows_of(bench.report({"work": rates}))[-1][1:] == cells
 
 
